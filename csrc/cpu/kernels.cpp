@@ -1,0 +1,124 @@
+// Launchers of the CPU kernels: layout, dtype and threads.
+#include "kernels.h"
+
+#include <ATen/Dispatch.h>
+#include <ATen/Parallel.h>
+
+#include <algorithm>
+#include <vector>
+
+#include "cpu/moments.h"
+#include "cpu/sketch.h"
+
+namespace galore_rrf {
+namespace {
+
+constexpr int64_t kGrain = 1 << 15;  // entries a thread takes at least
+
+// Rows of one strip that lie inside the matrix: strips are aligned to multiples of four rows of
+// the whole test matrix, wherever the part asked for begins.
+template <class T>
+void copy_strip(const float* strip, int64_t strip_stride, T* out, int64_t out_stride, int64_t rows,
+                int64_t cols) {
+  for (int64_t i = 0; i < rows; ++i) {
+    for (int64_t j = 0; j < cols; ++j) {
+      out[i * out_stride + j] = static_cast<T>(strip[i * strip_stride + j]);
+    }
+  }
+}
+
+template <class T>
+void fill_sketch_typed(T* out, int64_t rows, int64_t cols, SketchKey key, int64_t row_offset,
+                       int64_t col_offset) {
+  constexpr int64_t kCols = 512;  // columns generated at a time where they are cast or cut
+  const int64_t first_block = row_offset / 4;
+  const int64_t last_block = (row_offset + rows - 1) / 4;
+  const int64_t grain = std::max<int64_t>(1, kGrain / (4 * cols));
+  at::parallel_for(first_block, last_block + 1, grain, [&](int64_t begin, int64_t end) {
+    float strip[4 * kCols];
+    for (int64_t block = begin; block < end; ++block) {
+      const int64_t from = std::max(4 * block, row_offset);
+      const int64_t to = std::min(4 * block + 4, row_offset + rows);
+      T* target = out + (from - row_offset) * cols;
+      if constexpr (std::is_same_v<T, float>) {
+        if (to - from == 4) {
+          cpu::sketch_strip(target, cols, static_cast<uint32_t>(block), static_cast<uint32_t>(col_offset),
+                            cols, key);
+          continue;
+        }
+      }
+      for (int64_t j = 0; j < cols; j += kCols) {
+        const int64_t width = std::min(kCols, cols - j);
+        cpu::sketch_strip(strip, kCols, static_cast<uint32_t>(block),
+                          static_cast<uint32_t>(col_offset + j), width, key);
+        copy_strip(strip + (from - 4 * block) * kCols, kCols, target + j, cols, to - from, width);
+      }
+    }
+  });
+}
+
+void fill_sketch(const at::Tensor& out, SketchKey key, int64_t row_offset, int64_t col_offset) {
+  if (out.numel() == 0) return;
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, out.scalar_type(), "gaussian_sketch", [&] {
+    fill_sketch_typed(out.mutable_data_ptr<scalar_t>(), out.size(0), out.size(1), key, row_offset,
+                      col_offset);
+  });
+}
+
+// Partial sums over fixed chunks, added in order: independent of how threads share the chunks.
+double squared_norm(const at::Tensor& a) {
+  const int64_t n = a.numel();
+  const int64_t chunks = (n + kGrain - 1) / kGrain;
+  std::vector<double> sums(static_cast<size_t>(chunks));
+  AT_DISPATCH_FLOATING_TYPES(a.scalar_type(), "squared_norm", [&] {
+    const scalar_t* data = a.const_data_ptr<scalar_t>();
+    at::parallel_for(0, chunks, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t c = begin; c < end; ++c) {
+        sums[static_cast<size_t>(c)] =
+            cpu::squared_norm_range(data + c * kGrain, std::min(kGrain, n - c * kGrain));
+      }
+    });
+  });
+  double total = 0;
+  for (const double sum : sums) total += sum;
+  return total;
+}
+
+bool all_finite(const at::Tensor& a) {
+  return AT_DISPATCH_FLOATING_TYPES(a.scalar_type(), "all_finite", [&] {
+    return cpu::all_finite_range(a.const_data_ptr<scalar_t>(), a.numel());
+  });
+}
+
+void adam(const at::Tensor& projected, const at::Tensor& exp_avg, const at::Tensor& exp_avg_sq,
+          const AdamElement<double>& e) {
+  AT_DISPATCH_FLOATING_TYPES(projected.scalar_type(), "adam", [&] {
+    const AdamElement<scalar_t> element{
+        static_cast<scalar_t>(e.gradient_sign), static_cast<scalar_t>(e.beta1_complement),
+        static_cast<scalar_t>(e.beta2),         static_cast<scalar_t>(e.beta2_complement),
+        static_cast<scalar_t>(e.root_scale),    static_cast<scalar_t>(e.eps)};
+    scalar_t* r = projected.mutable_data_ptr<scalar_t>();
+    scalar_t* m = exp_avg.mutable_data_ptr<scalar_t>();
+    scalar_t* v = exp_avg_sq.mutable_data_ptr<scalar_t>();
+    at::parallel_for(0, projected.numel(), kGrain, [&](int64_t begin, int64_t end) {
+      cpu::adam_range(r + begin, m + begin, v + begin, end - begin, element);
+    });
+  });
+}
+
+}  // namespace
+
+const Kernels cpu_kernels = {fill_sketch, squared_norm, all_finite, adam};
+
+const char* simd_level() {
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")) {
+    return "x86-64-v4";
+  }
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return "x86-64-v3";
+#endif
+  return "baseline";
+}
+
+}  // namespace galore_rrf

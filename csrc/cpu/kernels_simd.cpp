@@ -1,0 +1,95 @@
+// The loops of the CPU kernels.  No ATen here: this file is compiled for several instruction sets
+// (simd.h), and every one computes the same bits, since nothing is contracted or reassociated.
+#include <bit>
+#include <cstdint>
+
+#include "cpu/moments.h"
+#include "cpu/simd.h"
+#include "cpu/sketch.h"
+
+namespace galore_rrf::cpu {
+
+GALORE_RRF_SIMD_CLONES
+void sketch_strip(float* __restrict out, int64_t row_stride, uint32_t row_block, uint32_t first_col,
+                  int64_t cols, SketchKey key) {
+  float* __restrict row0 = out;
+  float* __restrict row1 = out + row_stride;
+  float* __restrict row2 = out + 2 * row_stride;
+  float* __restrict row3 = out + 3 * row_stride;
+  for (int64_t j = 0; j < cols; ++j) {
+    const Normals4 n = sketch_entries(key, row_block, first_col + static_cast<uint32_t>(j));
+    row0[j] = n.z[0];
+    row1[j] = n.z[1];
+    row2[j] = n.z[2];
+    row3[j] = n.z[3];
+  }
+}
+
+GALORE_RRF_SIMD_CLONES
+void adam_range(float* __restrict projected, float* __restrict exp_avg, float* __restrict exp_avg_sq,
+                int64_t n, AdamElement<float> element) {
+  for (int64_t i = 0; i < n; ++i) {
+    projected[i] = element(projected[i], exp_avg[i], exp_avg_sq[i]);
+  }
+}
+
+GALORE_RRF_SIMD_CLONES
+void adam_range(double* __restrict projected, double* __restrict exp_avg, double* __restrict exp_avg_sq,
+                int64_t n, AdamElement<double> element) {
+  for (int64_t i = 0; i < n; ++i) {
+    projected[i] = element(projected[i], exp_avg[i], exp_avg_sq[i]);
+  }
+}
+
+namespace {
+
+// Sixteen running sums, so that the order of additions is one and the same at every vector width.
+constexpr int64_t kLanes = 16;
+
+template <class T>
+inline __attribute__((always_inline)) double squared_norm_lanes(const T* a, int64_t n) {
+  double sums[kLanes] = {};
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    for (int64_t lane = 0; lane < kLanes; ++lane) {
+      const double x = static_cast<double>(a[i + lane]);
+      sums[lane] += x * x;
+    }
+  }
+  for (; i < n; ++i) {
+    const double x = static_cast<double>(a[i]);
+    sums[i % kLanes] += x * x;
+  }
+  double total = 0;
+  for (const double sum : sums) total += sum;
+  return total;
+}
+
+template <class T, class Bits>
+inline __attribute__((always_inline)) bool all_finite_bits(const T* a, int64_t n, Bits exponent) {
+  Bits found = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    found |= static_cast<Bits>((std::bit_cast<Bits>(a[i]) & exponent) == exponent);
+  }
+  return found == 0;
+}
+
+}  // namespace
+
+GALORE_RRF_SIMD_CLONES
+double squared_norm_range(const float* a, int64_t n) { return squared_norm_lanes(a, n); }
+
+GALORE_RRF_SIMD_CLONES
+double squared_norm_range(const double* a, int64_t n) { return squared_norm_lanes(a, n); }
+
+GALORE_RRF_SIMD_CLONES
+bool all_finite_range(const float* a, int64_t n) {
+  return all_finite_bits<float, uint32_t>(a, n, 0x7F800000u);
+}
+
+GALORE_RRF_SIMD_CLONES
+bool all_finite_range(const double* a, int64_t n) {
+  return all_finite_bits<double, uint64_t>(a, n, 0x7FF0000000000000u);
+}
+
+}  // namespace galore_rrf::cpu

@@ -1,0 +1,34 @@
+// The kernel entry points: all that differs between devices.  The algorithms above are written
+// once over ATen and this table; csrc/cpu fills it for the CPU, csrc/cuda will for CUDA.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include "math/adam.h"
+#include "math/normal.h"
+
+namespace galore_rrf {
+
+struct Kernels {
+  // out[i, j] <- normal number (row_offset + i, col_offset + j) of the test matrix; out is rows x cols, row-major.
+  void (*fill_sketch)(const at::Tensor& out, SketchKey key, int64_t row_offset, int64_t col_offset);
+
+  // Sum of squares in fp64 of a dense fp32 or fp64 tensor; the same bits for every thread count.
+  double (*squared_norm)(const at::Tensor& a);
+
+  // Whether every entry of a dense fp32 or fp64 tensor is finite.
+  bool (*all_finite)(const at::Tensor& a);
+
+  // The Adam element over three dense tensors of one layout: the projected gradient becomes the direction.
+  void (*adam)(const at::Tensor& projected, const at::Tensor& exp_avg, const at::Tensor& exp_avg_sq,
+               const AdamElement<double>& element);
+};
+
+const Kernels& kernels_for(const at::Tensor& a);
+
+// Unrolled, vectorised instruction sets of the CPU kernels that this processor runs.
+const char* simd_level();
+
+extern const Kernels cpu_kernels;
+
+}  // namespace galore_rrf

@@ -1,0 +1,8 @@
+// What lets one header be compiled by the host compiler and by nvcc alike.
+#pragma once
+
+#if defined(__CUDACC__)
+#define GALORE_RRF_HD __host__ __device__ __forceinline__
+#else
+#define GALORE_RRF_HD inline __attribute__((always_inline))
+#endif

@@ -1,0 +1,199 @@
+#include "optimizer/projected_adamw.h"
+
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <c10/util/Exception.h>
+
+#include <algorithm>
+#include <cmath>
+#include <new>
+#include <string>
+
+#include "kernels.h"
+#include "optimizer/rotate.h"
+#include "parallel.h"
+#include "range_finder/fixed_rank.h"
+#include "range_finder/product.h"
+
+namespace galore_rrf {
+namespace {
+
+// One matrix of one parameter, seen as if projected on the left: gradient and weight s x l with s
+// the projected side, basis s x r, moments r x l.  A right projection is the left one of the transpose.
+struct Matrix {
+  at::Tensor weight, grad, exp_avg, exp_avg_sq, basis, coefficients;
+  double step;  // steps taken so far
+  uint32_t key;
+  int64_t refresh;
+};
+
+Matrix matrix_of(const ProjectedParameter& p, int64_t index) {
+  const auto pick = [&](const at::Tensor& t) {
+    if (!t.defined()) return t;
+    return t.dim() == 3 ? t.select(0, index) : t;
+  };
+  const auto turn = [&](const at::Tensor& t) {
+    return t.defined() && p.side == Side::right ? pick(t).mT() : pick(t);
+  };
+  return {turn(p.weight), turn(p.grad),    turn(p.exp_avg),
+          turn(p.exp_avg_sq), pick(p.basis), turn(p.coefficients),
+          p.step.item().toDouble(), static_cast<uint32_t>(p.key + index), p.refresh};
+}
+
+bool out_of_memory(const c10::Error& error) {
+  return dynamic_cast<const c10::OutOfMemoryError*>(&error) != nullptr ||
+         std::string_view(error.what_without_backtrace()).find("DefaultCPUAllocator") != std::string_view::npos;
+}
+
+bool has_basis(const Matrix& x) { return x.basis.select(1, 0).ne(0).any().item<bool>(); }
+
+class Step {
+ public:
+  Step(const AdamWOptions& adamw, const RefreshOptions& refresh) : adamw_(adamw), refresh_(refresh) {}
+
+  Outcome operator()(const Matrix& x) const {
+    if (x.grad.numel() == 0) return Outcome::stepped;
+    // In the layout of the moments, so that the Adam element runs over three equal arrays.
+    const at::Tensor projected = at::empty_like(x.exp_avg);
+    Outcome outcome = Outcome::stepped;
+    if (x.coefficients.defined()) {
+      projected.copy_(x.coefficients);
+      outcome = Outcome::refreshed;
+    } else {
+      outcome = project(x, projected);
+    }
+    if (outcome == Outcome::stepped || outcome == Outcome::refreshed) apply(x, projected);
+    if (outcome == Outcome::decayed) decay(x);
+    return outcome;
+  }
+
+ private:
+  // R = Q^T G, in a new subspace where one is due.
+  Outcome project(const Matrix& x, const at::Tensor& projected) const {
+    const bool known = has_basis(x);
+    if (x.refresh >= 0 || !known) {
+      try {
+        return refresh(x, projected, known);
+      } catch (const c10::Error& error) {
+        if (!known || !out_of_memory(error)) throw;
+      } catch (const std::bad_alloc&) {
+        if (!known) throw;
+      }
+      // No memory for a new subspace: the old one serves, and the refresh stays due.
+    }
+    multiply_out(projected.mT(), x.grad.mT(), x.basis.to(projected.scalar_type()));
+    return finite(projected) ? Outcome::stepped : Outcome::skipped;
+  }
+
+  Outcome refresh(const Matrix& x, const at::Tensor& projected, bool known) const {
+    const FixedRankOptions options{
+        .rank = x.basis.size(1),
+        .oversampling = refresh_.oversampling,
+        // Without a previous basis a warm start begins with a random one: half a power step.
+        .sketch = refresh_.sketch == Sketch::warm && !known ? Sketch::half_power : refresh_.sketch,
+        .power = refresh_.power,
+        // Kept moments are read in the new basis column by column, so columns need an order that lasts.
+        .ordered = refresh_.moments == Moments::keep,
+        .key = {refresh_.seed, x.key, static_cast<uint32_t>(std::max<int64_t>(0, x.refresh))}};
+    const at::Tensor basis = at::empty(x.basis.sizes(), projected.options());
+    const Status status = fixed_rank_range_finder(x.grad, options, x.basis, basis, projected);
+    if (status == Status::zero) {
+      if (!known) return Outcome::decayed;
+      projected.zero_();
+      return Outcome::stepped;
+    }
+    if (status == Status::nonfinite || !finite(projected)) return Outcome::skipped;
+    if (known && refresh_.moments == Moments::rotate && x.step > 0) {
+      const at::Tensor s = basis.mT().matmul(x.basis.to(basis.scalar_type()));
+      rotate_moments_out(x.exp_avg, x.exp_avg_sq, x.exp_avg, x.exp_avg_sq, s,
+                         1 - std::pow(adamw_.beta1, x.step), 1 - std::pow(adamw_.beta2, x.step));
+    }
+    x.basis.copy_(basis);
+    return Outcome::refreshed;
+  }
+
+  // Moments, and one product into the weight: W <- beta W + alpha Q N.
+  void apply(const Matrix& x, const at::Tensor& projected) const {
+    const double step = x.step + 1;
+    const double correction1 = 1 - std::pow(adamw_.beta1, step);
+    const double correction2_root = std::sqrt(1 - std::pow(adamw_.beta2, step));
+    const bool torch_order = adamw_.arithmetic == Arithmetic::torch;
+    kernels_for(x.grad).adam(projected, x.exp_avg, x.exp_avg_sq,
+                             {.gradient_sign = adamw_.maximize ? -1.0 : 1.0,
+                              .beta1_complement = 1 - adamw_.beta1,
+                              .beta2 = adamw_.beta2,
+                              .beta2_complement = 1 - adamw_.beta2,
+                              .root_scale = torch_order ? 1 / correction2_root : 1.0,
+                              .eps = adamw_.eps});
+    const double decay = 1 - adamw_.lr * adamw_.weight_decay;
+    double alpha = -adamw_.lr * adamw_.scale / correction1;
+    if (!torch_order) alpha *= correction2_root * decay;  // decay comes last there
+    add_product_(x.weight, x.basis.to(projected.scalar_type()), projected, decay, alpha);
+  }
+
+  void decay(const Matrix& x) const {
+    if (adamw_.weight_decay == 0) return;
+    at::Tensor weight = x.weight;
+    weight.mul_(1 - adamw_.lr * adamw_.weight_decay);
+  }
+
+  static bool finite(const at::Tensor& projected) { return kernels_for(projected).all_finite(projected); }
+
+  const AdamWOptions& adamw_;
+  const RefreshOptions& refresh_;
+};
+
+}  // namespace
+
+Arithmetic arithmetic_from_name(std::string_view name) {
+  if (name == "torch") return Arithmetic::torch;
+  if (name == "galore_torch") return Arithmetic::galore_torch;
+  TORCH_CHECK_VALUE(false, "Invalid arithmetic: '", name, "' (must be 'torch' or 'galore_torch')");
+}
+
+Moments moments_from_name(std::string_view name) {
+  if (name == "keep") return Moments::keep;
+  if (name == "rotate") return Moments::rotate;
+  TORCH_CHECK_VALUE(false, "Invalid moments: '", name, "' (must be 'keep' or 'rotate')");
+}
+
+std::vector<Outcome> projected_adamw_(const std::vector<ProjectedParameter>& parameters,
+                                      const AdamWOptions& adamw, const RefreshOptions& refresh) {
+  std::vector<Matrix> matrices;
+  std::vector<size_t> owner;
+  std::vector<double> costs;
+  for (size_t i = 0; i < parameters.size(); ++i) {
+    const ProjectedParameter& p = parameters[i];
+    const int64_t count = p.weight.dim() == 3 ? p.weight.size(0) : 1;
+    for (int64_t j = 0; j < count; ++j) {
+      matrices.push_back(matrix_of(p, j));
+      owner.push_back(i);
+      costs.push_back(static_cast<double>(p.basis.size(-1)) * static_cast<double>(matrices.back().grad.numel()) *
+                      (p.refresh >= 0 ? 2.5 : 1));
+    }
+  }
+
+  const Step step(adamw, refresh);
+  std::vector<Outcome> outcomes(matrices.size(), Outcome::skipped);
+  for_each_in_parallel(costs, [&](int64_t i) {
+    outcomes[static_cast<size_t>(i)] = step(matrices[static_cast<size_t>(i)]);
+  });
+
+  // A stack keeps one clock: it has refreshed or stepped if any of its matrices has.
+  const auto rank = [](Outcome o) {
+    return o == Outcome::refreshed ? 3 : o == Outcome::stepped ? 2 : o == Outcome::decayed ? 1 : 0;
+  };
+  std::vector<Outcome> result(parameters.size(), Outcome::skipped);
+  for (size_t i = 0; i < matrices.size(); ++i) {
+    if (rank(outcomes[i]) > rank(result[owner[i]])) result[owner[i]] = outcomes[i];
+  }
+  for (size_t i = 0; i < parameters.size(); ++i) {
+    if (result[i] == Outcome::stepped || result[i] == Outcome::refreshed) {
+      at::Tensor count = parameters[i].step;
+      count.add_(1);
+    }
+  }
+  return result;
+}
+
+}  // namespace galore_rrf

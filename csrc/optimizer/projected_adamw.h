@@ -1,0 +1,61 @@
+// The projected AdamW step (GaLore, Zhao et al. 2024, algorithm 2) over a list of parameters, each
+// with or without a refresh of its subspace.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <string_view>
+#include <vector>
+
+#include "range_finder/types.h"
+
+namespace galore_rrf {
+
+enum class Side : int64_t { right = 0, left = 1 };
+enum class Arithmetic { torch, galore_torch };
+enum class Moments { keep, rotate };
+
+Arithmetic arithmetic_from_name(std::string_view name);
+Moments moments_from_name(std::string_view name);
+
+struct AdamWOptions {
+  double lr, beta1, beta2, eps, weight_decay, scale;
+  bool maximize;
+  Arithmetic arithmetic;
+};
+
+struct RefreshOptions {
+  Sketch sketch;
+  int64_t power;
+  int64_t oversampling;
+  Moments moments;
+  uint64_t seed;
+};
+
+// One parameter: a matrix (m x n) or a stack of matrices (e x m x n).
+struct ProjectedParameter {
+  at::Tensor weight, grad;
+  at::Tensor exp_avg, exp_avg_sq;  // right: m x r; left: r x n
+  at::Tensor basis;                // right: n x r; left: m x r; all zeros: none yet
+  at::Tensor step;                 // fp32 or fp64 scalar on the CPU
+  Side side;
+  int64_t key;              // matrix id of the first of the stack, for the test matrix
+  int64_t refresh;          // which refresh is due, counted from 0; -1: none
+  at::Tensor coefficients;  // the projected gradient where a refresh made elsewhere has it; else undefined
+};
+
+// What became of a parameter, as uint8 in Python.
+enum class Outcome : uint8_t {
+  skipped = 0,    // a non-finite gradient: nothing written
+  stepped = 1,    //
+  refreshed = 2,  // stepped, in a new subspace
+  decayed = 3,    // zero gradient and no subspace yet: weight decay alone, not counted as a step
+};
+
+// Every matrix is one piece of work for one thread (parallel.h).  Beside the projected gradient of
+// each matrix in flight nothing of its long side is allocated, but for the test matrix and the
+// panels of a refresh.  Nothing of a matrix is written before its projected gradient is known to be finite.
+std::vector<Outcome> projected_adamw_(const std::vector<ProjectedParameter>& parameters,
+                                      const AdamWOptions& adamw, const RefreshOptions& refresh);
+
+}  // namespace galore_rrf

@@ -1,0 +1,18 @@
+// The extension module: importing it registers the operators; it tells how it was built.
+#include <torch/version.h>
+#include <pybind11/pybind11.h>
+
+#include "kernels.h"
+
+namespace py = pybind11;
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Operators of galore_rrf; see galore_rrf.ops.";
+  m.def("build_info", [] {
+    py::dict info;
+    info["torch"] = TORCH_VERSION;
+    info["compiler"] = __VERSION__;
+    info["simd"] = galore_rrf::simd_level();
+    return info;
+  });
+}

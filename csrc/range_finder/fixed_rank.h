@@ -1,0 +1,30 @@
+// The fixed-rank randomized range finder (Halko, Martinsson, Tropp 2011, algorithms 4.1 and 4.4)
+// with half power steps and warm starts.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include "range_finder/types.h"
+
+namespace galore_rrf {
+
+struct FixedRankOptions {
+  int64_t rank;
+  int64_t oversampling = 0;  // columns sketched beyond the rank and trimmed off again
+  Sketch sketch = Sketch::half_power;
+  int64_t power = 1;     // full power steps of Sketch::power
+  bool ordered = false;  // columns by descending energy; always so with oversampling
+  SketchKey key{};
+};
+
+// Finds an orthonormal basis Q (m x rank) of the range of `a` (m x n) and writes it to `basis`
+// (compute dtype).  `warm`: the previous basis (m x any), for Sketch::warm.  `coefficients`
+// (rank x n, compute dtype, may be a transposed view): receives Q^T a where defined.
+// Returns converged, or zero or nonfinite: then nothing is written.
+Status fixed_rank_range_finder(const at::Tensor& a, const FixedRankOptions& options, const at::Tensor& warm,
+                               const at::Tensor& basis, const at::Tensor& coefficients);
+
+// ||a - Q B||_F / ||a||_F in fp64, from norms where that is accurate, else from the difference itself by tiles.
+double relative_residual(const at::Tensor& a, const at::Tensor& basis, const at::Tensor& coefficients);
+
+}  // namespace galore_rrf
