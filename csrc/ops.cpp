@@ -1,6 +1,7 @@
 // Every operator: its schema, its argument checks, and the call into the algorithm.
 #include <ATen/ATen.h>
 #include <ATen/core/LegacyTypeDispatch.h>
+#include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
 #include <torch/library.h>
 
 #include <limits>
@@ -331,5 +332,12 @@ void implement(torch::Library& m) {
 TORCH_LIBRARY_IMPL(galore_rrf, CompositeExplicitAutograd, m) { m.impl("gaussian_sketch", gaussian_sketch); }
 TORCH_LIBRARY_IMPL(galore_rrf, CPU, m) { implement(m); }
 TORCH_LIBRARY_IMPL(galore_rrf, CUDA, m) { implement(m); }
+
+// None is differentiable, and backward through one says so.
+TORCH_LIBRARY_IMPL(galore_rrf, Autograd, m) {
+  for (const char* op : {"range_finder", "adaptive_range_finder", "projected_adamw_", "rotate_moments"}) {
+    m.impl(op, torch::autograd::autogradNotImplementedFallback());
+  }
+}
 
 }  // namespace galore_rrf

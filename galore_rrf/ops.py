@@ -1,0 +1,276 @@
+"""The operators of the extension, one typed function each, with their fake implementations.
+
+Every function is a thin call of ``torch.ops.galore_rrf.<name>``: safe under ``torch.compile``, on any
+strides, releasing the GIL and leaving thread counts and torch's global generator alone.  None is
+differentiable: backward through one raises.  `galore_rrf.reference` has the same functions in plain
+PyTorch, `galore_rrf.range_finder` the range finders for everyday use.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from galore_rrf import _C  # noqa: F401  (importing it registers the operators)
+
+_ops = torch.ops.galore_rrf
+
+
+def gaussian_sketch(
+    rows: int,
+    cols: int,
+    *,
+    seed: int,
+    key: int = 0,
+    refresh: int = 0,
+    row_offset: int = 0,
+    col_offset: int = 0,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """Part of a Gaussian test matrix, a pure function of its arguments.
+
+    Entry (i, j) is normal number (row_offset + i, col_offset + j) of the matrix that belongs to
+    (seed, key, refresh): the same bits for every thread count, block size and device.  Philox4x32-10
+    (Salmon et al. 2011) with the seed as key and counter (row / 4, column, key, refresh), Box-Muller in
+    fp32, then cast to `dtype` (default: torch's default dtype).
+
+    Returns a (rows, cols) tensor.  Raises ValueError for a negative argument, a seed over 2^63 - 1, a key
+    or refresh over 2^32 - 1; TypeError for a dtype that is not real floating-point.
+    """
+    return _ops.gaussian_sketch(
+        rows,
+        cols,
+        seed=seed,
+        key=key,
+        refresh=refresh,
+        row_offset=row_offset,
+        col_offset=col_offset,
+        dtype=dtype,
+        device=None if device is None else torch.device(device),
+    )
+
+
+def range_finder(
+    a: Tensor,
+    rank: int,
+    *,
+    oversampling: int = 0,
+    sketch: str = "half_power",
+    power: int = 1,
+    warm: Tensor | None = None,
+    coefficients: bool = True,
+    ordered: bool = False,
+    seed: int = 0,
+    key: int = 0,
+    refresh: int = 0,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Fixed-rank range finder of a (..., m, n): see `galore_rrf.range_finder` for the arguments.
+
+    `ordered` sorts the basis columns by the energy they keep (always so with oversampling).
+    Matrix i of a batch uses the test matrix of `key + i`.
+
+    Returns basis (..., m, rank), coefficients Q^T a (..., rank, n) (rank 0 without `coefficients`), the
+    relative residual (...) in fp64 (NaN without coefficients) and the uint8 status (...).  Basis and
+    coefficients are fp64 for fp64 input, else fp32.
+    """
+    return _ops.range_finder(
+        a,
+        rank,
+        oversampling=oversampling,
+        sketch=sketch,
+        power=power,
+        warm=warm,
+        coefficients=coefficients,
+        ordered=ordered,
+        seed=seed,
+        key=key,
+        refresh=refresh,
+    )
+
+
+def adaptive_range_finder(
+    a: Tensor,
+    tolerance: float,
+    *,
+    relative: bool = True,
+    block: int = 64,
+    max_rank: int | None = None,
+    method: str = "auto",
+    sketch: str = "plain",
+    trim: bool = True,
+    seed: int = 0,
+    key: int = 0,
+    refresh: int = 0,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Adaptive range finder of a (..., m, n): see `galore_rrf.adaptive_range_finder` for the arguments.
+
+    Returns basis (..., m, cap), coefficients (..., cap, n), both zero beyond the rank, with
+    cap = min(m, n, max_rank); int64 rank (...); relative residual (...) in fp64; residuals (..., blocks)
+    after every block, NaN where none ran; uint8 status (...).
+    """
+    return _ops.adaptive_range_finder(
+        a,
+        tolerance,
+        relative=relative,
+        block=block,
+        max_rank=max_rank,
+        method=method,
+        sketch=sketch,
+        trim=trim,
+        seed=seed,
+        key=key,
+        refresh=refresh,
+    )
+
+
+def projected_adamw_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    bases: Sequence[Tensor],
+    steps: Sequence[Tensor],
+    coefficients: Sequence[Tensor | None],
+    sides: Sequence[int],
+    keys: Sequence[int],
+    refreshes: Sequence[int],
+    *,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    scale: float,
+    maximize: bool = False,
+    arithmetic: str = "torch",
+    sketch: str = "warm",
+    power: int = 1,
+    oversampling: int = 0,
+    moments: str = "rotate",
+    seed: int = 0,
+) -> Tensor:
+    """One projected AdamW step (GaLore, algorithm 2) of a list of matrices, in place, in one call.
+
+    For each parameter, a matrix W (m x n) or a stack (e x m x n), with gradient G of its shape and dtype:
+    side 0 (right) has basis Q (n x r), R = G Q (m x r); side 1 (left) has Q (m x r), R = Q^T G (r x n).
+
+        refresh Q (and R with it) from G where `refreshes[i]` >= 0, its number; -1: not due
+        M <- b1 M + (1 - b1) R      V <- b2 V + (1 - b2) R*R      step <- step + 1
+        N = (M / (1 - b1^t)) / (sqrt(V / (1 - b2^t)) + eps)
+        W <- (1 - lr wd) W - lr scale (N Q^T or Q N)
+
+    ``arithmetic="galore_torch"`` adds eps to the uncorrected root and decays last, as that package does.
+    Moments (shape of R, contiguous) are fp64 for fp64 weights, else fp32; `bases` of any floating dtype;
+    `steps` scalars on the CPU.  A basis of zeros means none yet: such a matrix is refreshed at once.
+    `coefficients[i]`: R from a refresh made elsewhere, whose basis is in `bases` already.
+    `keys[i]`: the matrix id of the test matrix, of a stack's first.
+
+    Returns one uint8 a parameter: 0 skipped (non-finite gradient, nothing written), 1 stepped, 2 stepped
+    in a new subspace, 3 weight decay alone (zero gradient and no basis yet; not counted as a step).
+    No m x n temporary is made.
+    """
+    return _ops.projected_adamw_(
+        params,
+        grads,
+        exp_avgs,
+        exp_avg_sqs,
+        bases,
+        steps,
+        coefficients,
+        sides,
+        keys,
+        refreshes,
+        lr=lr,
+        beta1=beta1,
+        beta2=beta2,
+        eps=eps,
+        weight_decay=weight_decay,
+        scale=scale,
+        maximize=maximize,
+        arithmetic=arithmetic,
+        sketch=sketch,
+        power=power,
+        oversampling=oversampling,
+        moments=moments,
+        seed=seed,
+    )
+
+
+def rotate_moments(
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    basis: Tensor,
+    new_basis: Tensor,
+    side: int,
+    bias_correction1: float,
+    bias_correction2: float,
+) -> tuple[Tensor, Tensor]:
+    """Moments in the new basis, by LDAdam's rule (Robert et al. 2024), perhaps of another rank.
+
+    With S = new_basis^T basis and, for side 1, moments r x l (side 0: l x r, S from the right):
+    m <- S m and v <- |S^2 (v - m^2) + (S m)^2| on m, v divided by the bias corrections 1 - beta^t.
+    """
+    return _ops.rotate_moments(
+        exp_avg, exp_avg_sq, basis, new_basis, side, bias_correction1, bias_correction2
+    )
+
+
+# --- Fakes: shapes and dtypes for torch.compile, from the arguments alone ------------------------------
+
+
+def _compute_dtype(a: Tensor) -> torch.dtype:
+    return torch.float64 if a.dtype == torch.float64 else torch.float32
+
+
+@torch.library.register_fake("galore_rrf::gaussian_sketch")
+def _(rows: int, cols: int, *, dtype: torch.dtype | None = None, device: Any = None, **_: Any) -> Tensor:
+    return torch.empty(rows, cols, dtype=dtype, device=device)
+
+
+@torch.library.register_fake("galore_rrf::range_finder")
+def _(a: Tensor, rank: int, *, coefficients: bool = True, **_: Any) -> tuple[Tensor, ...]:
+    *batch, m, n = a.shape
+    dtype = _compute_dtype(a)
+    return (
+        a.new_empty((*batch, m, rank), dtype=dtype),
+        a.new_empty((*batch, rank if coefficients else 0, n), dtype=dtype),
+        a.new_empty(batch, dtype=torch.float64),
+        a.new_empty(batch, dtype=torch.uint8),
+    )
+
+
+@torch.library.register_fake("galore_rrf::adaptive_range_finder")
+def _(
+    a: Tensor, tolerance: float, *, block: int = 64, max_rank: int | None = None, **_: Any
+) -> tuple[Tensor, ...]:
+    *batch, m, n = a.shape
+    full = min(m, n)
+    cap = full if max_rank is None else min(full, max_rank)
+    columns = min(m, n + 16) if m > n and cap == n else cap
+    dtype = _compute_dtype(a)
+    return (
+        a.new_empty((*batch, m, cap), dtype=dtype),
+        a.new_empty((*batch, cap, n), dtype=dtype),
+        a.new_empty(batch, dtype=torch.int64),
+        a.new_empty(batch, dtype=torch.float64),
+        a.new_empty((*batch, (columns + block - 1) // block), dtype=torch.float64),
+        a.new_empty(batch, dtype=torch.uint8),
+    )
+
+
+@torch.library.register_fake("galore_rrf::projected_adamw_")
+def _(params: Sequence[Tensor], *_: Any, **__: Any) -> Tensor:
+    return torch.empty(len(params), dtype=torch.uint8)
+
+
+@torch.library.register_fake("galore_rrf::rotate_moments")
+def _(
+    exp_avg: Tensor, exp_avg_sq: Tensor, basis: Tensor, new_basis: Tensor, side: int, *_: Any
+) -> tuple[Tensor, Tensor]:
+    shape = list(exp_avg.shape)
+    shape[-1 if side == 0 else -2] = new_basis.shape[-1]
+    return exp_avg.new_empty(shape), exp_avg.new_empty(shape)
