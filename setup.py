@@ -7,24 +7,33 @@ from setuptools import setup
 
 try:
     import torch
-    from torch.utils.cpp_extension import BuildExtension, CppExtension
-except ImportError as error:
+except ModuleNotFoundError as error:
     raise SystemExit(
         "galore_rrf is compiled against the torch of your environment, and an isolated build has none: "
         "install torch first, then run `pip install --no-build-isolation .`"
     ) from error
+from torch.utils.cpp_extension import BuildExtension, CppExtension
 
 ROOT = Path(__file__).parent
 
 # No contraction, so that every instruction set computes the same bits; errno and traps would only
-# keep the compiler from vectorising sqrt and selections.
+# keep the compiler from vectorising sqrt and selections.  CMakeLists.txt has the same.  The debug
+# information that Python's own flags ask for would make it thirty times as large.
 COMPILE = [
-    "-std=c++20", "-O3", "-fopenmp", "-fvisibility=hidden", "-Wall",
+    "-std=c++20", "-O3", "-g0", "-fopenmp", "-fvisibility=hidden", "-Wall",
     "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math",
 ]  # fmt: skip
 
+
+class Build(BuildExtension):
+    def finalize_options(self):
+        super().finalize_options()
+        # Not a temporary folder, where an editable install would compile everything anew.
+        self.build_temp = "build/temp"
+
+
 torch_minor = ".".join(torch.__version__.split(".")[:2])
-os.environ.setdefault("MAX_JOBS", str(os.cpu_count() or 1))
+os.environ.setdefault("MAX_JOBS", str(len(os.sched_getaffinity(0))))
 
 setup(
     # Compiled code is bound to the torch minor version it was built against.
@@ -38,5 +47,5 @@ setup(
             extra_link_args=["-fopenmp"],
         )
     ],
-    cmdclass={"build_ext": BuildExtension},
+    cmdclass={"build_ext": Build},
 )

@@ -10,7 +10,8 @@
 namespace galore_rrf {
 
 struct Kernels {
-  // out[i, j] <- normal number (row_offset + i, col_offset + j) of the test matrix; out is rows x cols, row-major.
+  // out[i, j] <- normal number (row_offset + i, col_offset + j) of the test matrix; out is rows x cols,
+  // row-major.
   void (*fill_sketch)(const at::Tensor& out, SketchKey key, int64_t row_offset, int64_t col_offset);
 
   // Sum of squares in fp64 of a dense fp32 or fp64 tensor; the same bits for every thread count.

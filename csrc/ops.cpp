@@ -4,6 +4,8 @@
 #include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
 #include <torch/library.h>
 
+#include <algorithm>
+#include <cmath>
 #include <limits>
 #include <optional>
 #include <string>
@@ -33,11 +35,12 @@ SketchKey sketch_key(int64_t seed, int64_t key, int64_t refresh) {
 }
 
 void check_matrix(const char* op, const at::Tensor& a) {
-  TORCH_CHECK_VALUE(a.dim() >= 2, op, " expects a matrix or a batch of matrices, got ", a.dim(), " dimensions");
+  TORCH_CHECK_VALUE(a.dim() >= 2, op, " expects a matrix or a batch of matrices, got ", a.dim(),
+                    " dimensions");
   TORCH_CHECK_TYPE(at::isFloatingType(a.scalar_type()), op, " expects a real floating-point matrix, got ",
                    a.scalar_type());
-  TORCH_CHECK_VALUE(a.size(-2) > 0 && a.size(-1) > 0, op, " expects at least one row and one column, got shape ",
-                    a.sizes());
+  TORCH_CHECK_VALUE(a.size(-2) > 0 && a.size(-1) > 0, op,
+                    " expects at least one row and one column, got shape ", a.sizes());
 }
 
 // A batch seen as a list of matrices, and its leading dimensions.
@@ -45,7 +48,9 @@ struct Batch {
   at::Tensor matrices;  // count x m x n
   std::vector<int64_t> dims;
   explicit Batch(const at::Tensor& a)
-      : matrices(a.dim() == 3 ? a : a.dim() == 2 ? a.unsqueeze(0) : a.flatten(0, -3)),
+      : matrices(a.dim() == 3   ? a
+                 : a.dim() == 2 ? a.unsqueeze(0)
+                                : a.flatten(0, -3)),
         dims(a.sizes().begin(), a.sizes().end() - 2) {}
   int64_t count() const { return matrices.size(0); }
   std::vector<int64_t> shape(std::initializer_list<int64_t> last) const {
@@ -63,7 +68,8 @@ struct Batch {
 at::Tensor gaussian_sketch(int64_t rows, int64_t cols, int64_t seed, int64_t key, int64_t refresh,
                            int64_t row_offset, int64_t col_offset, std::optional<at::ScalarType> dtype,
                            std::optional<at::Device> device) {
-  TORCH_CHECK_VALUE(rows >= 0 && cols >= 0, "Invalid rows, cols: ", rows, ", ", cols, " (must not be negative)");
+  TORCH_CHECK_VALUE(rows >= 0 && cols >= 0, "Invalid rows, cols: ", rows, ", ", cols,
+                    " (must not be negative)");
   TORCH_CHECK_VALUE(row_offset >= 0 && col_offset >= 0, "Invalid row_offset, col_offset: ", row_offset, ", ",
                     col_offset, " (must not be negative)");
   constexpr int64_t kWords = int64_t{1} << 32;
@@ -100,10 +106,10 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> range_finder(
   if (warm) {
     TORCH_CHECK_VALUE(warm->dim() == a.dim() && warm->size(-2) == m &&
                           warm->sizes().slice(0, warm->dim() - 2).equals(a.sizes().slice(0, a.dim() - 2)),
-                      "Invalid warm: shape ", warm->sizes(), " (must be that of a basis, (..., ", m, ", r), for a of shape ",
-                      a.sizes(), ")");
-    TORCH_CHECK_VALUE(warm->device() == a.device(), "Invalid warm: on ", warm->device(), " (must be on ", a.device(),
-                      " as a is)");
+                      "Invalid warm: shape ", warm->sizes(), " (must be that of a basis, (..., ", m,
+                      ", r), for a of shape ", a.sizes(), ")");
+    TORCH_CHECK_VALUE(warm->device() == a.device(), "Invalid warm: on ", warm->device(), " (must be on ",
+                      a.device(), " as a is)");
     previous = Batch(*warm).matrices;
   }
   const auto dtype = a.options().dtype(compute_dtype(a));
@@ -118,8 +124,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> range_finder(
     mine.key.matrix += static_cast<uint32_t>(i);
     const at::Tensor matrix = batch.matrices.select(0, i), q = basis.select(0, i);
     const at::Tensor kept = coefficients ? b.select(0, i) : at::Tensor();
-    const Status ended = fixed_rank_range_finder(
-        matrix, mine, previous.defined() ? previous.select(0, i) : previous, q, kept);
+    const Status ended =
+        fixed_rank_range_finder(matrix, mine, previous.defined() ? previous.select(0, i) : previous, q, kept);
     status.select(0, i).fill_(static_cast<int>(ended));
     if (ended == Status::zero) q.diagonal().fill_(1);  // every basis is one of the zero matrix
     if (ended == Status::zero) residual.select(0, i).zero_();
@@ -139,7 +145,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
   TORCH_CHECK_VALUE(tolerance >= 0 && std::isfinite(tolerance), "Invalid tolerance: ", tolerance,
                     " (must be finite and not negative)");
   TORCH_CHECK_VALUE(block >= 1, "Invalid block: ", block, " (must be positive)");
-  TORCH_CHECK_VALUE(!max_rank || *max_rank >= 1, "Invalid max_rank: ", *max_rank, " (must be positive or None)");
+  TORCH_CHECK_VALUE(!max_rank || *max_rank >= 1, "Invalid max_rank: ", *max_rank,
+                    " (must be positive or None)");
   TORCH_CHECK_VALUE(method == "auto" || method == "right_looking", "Invalid method: '", method,
                     "' (must be 'auto' or 'right_looking')");
   AdaptiveOptions options{.tolerance = tolerance,
@@ -148,8 +155,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
                           .max_rank = std::min(full, max_rank.value_or(full)),
                           .sketch = sketch_from_name({sketch.data(), sketch.size()}),
                           .trim = trim};
-  TORCH_CHECK_VALUE(options.sketch == Sketch::plain || options.sketch == Sketch::half_power, "Invalid sketch: '",
-                    sketch, "' (adaptive_range_finder takes 'plain' or 'half_power')");
+  TORCH_CHECK_VALUE(options.sketch == Sketch::plain || options.sketch == Sketch::half_power,
+                    "Invalid sketch: '", sketch, "' (adaptive_range_finder takes 'plain' or 'half_power')");
   const Batch batch(a);
   const int64_t count = batch.count(), cap = options.max_rank;
   const int64_t blocks = max_adaptive_blocks(m, n, options);
@@ -176,7 +183,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
     }
     status.select(0, i).fill_(static_cast<int>(found.status));
   });
-  return {basis.view(batch.shape({m, cap})), b.view(batch.shape({cap, n})),  rank.view(batch.dims),
+  return {basis.view(batch.shape({m, cap})), b.view(batch.shape({cap, n})),         rank.view(batch.dims),
           residual.view(batch.dims),         residuals.view(batch.shape({blocks})), status.view(batch.dims)};
 }
 
@@ -188,24 +195,25 @@ Side side_from_int(int64_t side) {
 void check_parameter(const ProjectedParameter& p, size_t index) {
   const at::Tensor& w = p.weight;
   const auto at_index = [&] { return c10::str(" for parameter ", index); };
-  TORCH_CHECK_VALUE(w.dim() == 2 || w.dim() == 3, "projected_adamw_ expects matrices or stacks of matrices, got shape ",
-                    w.sizes(), at_index());
-  TORCH_CHECK_TYPE(at::isFloatingType(w.scalar_type()), "projected_adamw_ expects real floating-point weights, got ",
-                   w.scalar_type(), at_index());
-  TORCH_CHECK_VALUE(p.grad.sizes() == w.sizes() && p.grad.scalar_type() == w.scalar_type() &&
-                        p.grad.device() == w.device(),
-                    "gradient and weight differ: ", p.grad.sizes(), " ", p.grad.scalar_type(), " on ", p.grad.device(),
-                    " and ", w.sizes(), " ", w.scalar_type(), " on ", w.device(), at_index());
+  TORCH_CHECK_VALUE(w.dim() == 2 || w.dim() == 3,
+                    "projected_adamw_ expects matrices or stacks of matrices, got shape ", w.sizes(),
+                    at_index());
+  TORCH_CHECK_TYPE(at::isFloatingType(w.scalar_type()),
+                   "projected_adamw_ expects real floating-point weights, got ", w.scalar_type(), at_index());
+  TORCH_CHECK_VALUE(
+      p.grad.sizes() == w.sizes() && p.grad.scalar_type() == w.scalar_type() && p.grad.device() == w.device(),
+      "gradient and weight differ: ", p.grad.sizes(), " ", p.grad.scalar_type(), " on ", p.grad.device(),
+      " and ", w.sizes(), " ", w.scalar_type(), " on ", w.device(), at_index());
   const int64_t m = w.size(-2), n = w.size(-1), r = p.basis.size(-1);
   const bool right = p.side == Side::right;
   auto moments = w.sizes().vec(), basis = w.sizes().vec();
   moments[moments.size() - (right ? 1 : 2)] = r;
   basis[basis.size() - 2] = right ? n : m;
   basis[basis.size() - 1] = r;
-  TORCH_CHECK_VALUE(r >= 1 && r <= std::min(m, n), "Invalid rank: ", r, " (must be from 1 to ", std::min(m, n),
-                    ") in a basis of shape ", p.basis.sizes(), at_index());
-  TORCH_CHECK_VALUE(p.basis.sizes() == at::IntArrayRef(basis), "Invalid basis: shape ", p.basis.sizes(), " (must be ",
-                    at::IntArrayRef(basis), ")", at_index());
+  TORCH_CHECK_VALUE(r >= 1 && r <= std::min(m, n), "Invalid rank: ", r, " (must be from 1 to ",
+                    std::min(m, n), ") in a basis of shape ", p.basis.sizes(), at_index());
+  TORCH_CHECK_VALUE(p.basis.sizes() == at::IntArrayRef(basis), "Invalid basis: shape ", p.basis.sizes(),
+                    " (must be ", at::IntArrayRef(basis), ")", at_index());
   for (const at::Tensor& moment : {p.exp_avg, p.exp_avg_sq}) {
     TORCH_CHECK_VALUE(moment.sizes() == at::IntArrayRef(moments) && moment.is_contiguous() &&
                           moment.scalar_type() == compute_dtype(w) && moment.device() == w.device(),
@@ -214,23 +222,24 @@ void check_parameter(const ProjectedParameter& p, size_t index) {
                       at::IntArrayRef(moments), " ", compute_dtype(w), " on ", w.device(), ")", at_index());
   }
   TORCH_CHECK_VALUE(!p.coefficients.defined() || p.coefficients.sizes() == at::IntArrayRef(moments),
-                    "Invalid coefficients: shape ", p.coefficients.sizes(), " (must be ", at::IntArrayRef(moments), ")",
-                    at_index());
-  TORCH_CHECK_VALUE(p.step.numel() == 1 && p.step.device().is_cpu(), "Invalid step: ", p.step.numel(), " numbers on ",
-                    p.step.device(), " (must be one number on the CPU)", at_index());
+                    "Invalid coefficients: shape ", p.coefficients.sizes(), " (must be ",
+                    at::IntArrayRef(moments), ")", at_index());
+  TORCH_CHECK_VALUE(p.step.numel() == 1 && p.step.device().is_cpu(), "Invalid step: ", p.step.numel(),
+                    " numbers on ", p.step.device(), " (must be one number on the CPU)", at_index());
 }
 
 at::Tensor projected_adamw_op(at::TensorList params, at::TensorList grads, at::TensorList exp_avgs,
                               at::TensorList exp_avg_sqs, at::TensorList bases, at::TensorList steps,
                               const c10::List<std::optional<at::Tensor>>& coefficients, at::IntArrayRef sides,
-                              at::IntArrayRef keys, at::IntArrayRef refreshes, double lr, double beta1, double beta2,
-                              double eps, double weight_decay, double scale, bool maximize, c10::string_view arithmetic,
-                              c10::string_view sketch, int64_t power, int64_t oversampling, c10::string_view moments,
-                              int64_t seed) {
+                              at::IntArrayRef keys, at::IntArrayRef refreshes, double lr, double beta1,
+                              double beta2, double eps, double weight_decay, double scale, bool maximize,
+                              c10::string_view arithmetic, c10::string_view sketch, int64_t power,
+                              int64_t oversampling, c10::string_view moments, int64_t seed) {
   const size_t count = params.size();
   for (const size_t size : {grads.size(), exp_avgs.size(), exp_avg_sqs.size(), bases.size(), steps.size(),
                             coefficients.size(), sides.size(), keys.size(), refreshes.size()}) {
-    TORCH_CHECK_VALUE(size == count, "projected_adamw_ expects lists of one length, got ", size, " and ", count);
+    TORCH_CHECK_VALUE(size == count, "projected_adamw_ expects lists of one length, got ", size, " and ",
+                      count);
   }
   std::vector<ProjectedParameter> parameters(count);
   for (size_t i = 0; i < count; ++i) {
@@ -247,29 +256,31 @@ at::Tensor projected_adamw_op(at::TensorList params, at::TensorList grads, at::T
                      .coefficients = coefficients.get(i).value_or(at::Tensor())};
     check_parameter(parameters[i], i);
   }
-  const auto outcomes = projected_adamw_(
-      parameters,
-      {.lr = lr,
-       .beta1 = beta1,
-       .beta2 = beta2,
-       .eps = eps,
-       .weight_decay = weight_decay,
-       .scale = scale,
-       .maximize = maximize,
-       .arithmetic = arithmetic_from_name({arithmetic.data(), arithmetic.size()})},
-      {.sketch = sketch_from_name({sketch.data(), sketch.size()}),
-       .power = power,
-       .oversampling = oversampling,
-       .moments = moments_from_name({moments.data(), moments.size()}),
-       .seed = static_cast<uint64_t>(seed)});
+  const auto outcomes =
+      projected_adamw_(parameters,
+                       {.lr = lr,
+                        .beta1 = beta1,
+                        .beta2 = beta2,
+                        .eps = eps,
+                        .weight_decay = weight_decay,
+                        .scale = scale,
+                        .maximize = maximize,
+                        .arithmetic = arithmetic_from_name({arithmetic.data(), arithmetic.size()})},
+                       {.sketch = sketch_from_name({sketch.data(), sketch.size()}),
+                        .power = power,
+                        .oversampling = oversampling,
+                        .moments = moments_from_name({moments.data(), moments.size()}),
+                        .seed = static_cast<uint64_t>(seed)});
   const at::Tensor result = at::empty({static_cast<int64_t>(count)}, at::kByte);
-  for (size_t i = 0; i < count; ++i) result.mutable_data_ptr<uint8_t>()[i] = static_cast<uint8_t>(outcomes[i]);
+  std::transform(outcomes.begin(), outcomes.end(), result.mutable_data_ptr<uint8_t>(),
+                 [](Outcome outcome) { return static_cast<uint8_t>(outcome); });
   return result;
 }
 
 std::tuple<at::Tensor, at::Tensor> rotate_moments(const at::Tensor& exp_avg, const at::Tensor& exp_avg_sq,
-                                                  const at::Tensor& basis, const at::Tensor& new_basis, int64_t side,
-                                                  double bias_correction1, double bias_correction2) {
+                                                  const at::Tensor& basis, const at::Tensor& new_basis,
+                                                  int64_t side, double bias_correction1,
+                                                  double bias_correction2) {
   const bool right = side_from_int(side) == Side::right;
   TORCH_CHECK_VALUE(exp_avg.dim() >= 2 && exp_avg.sizes() == exp_avg_sq.sizes(),
                     "exp_avg and exp_avg_sq must be matrices of one shape, got ", exp_avg.sizes(), " and ",
@@ -283,13 +294,18 @@ std::tuple<at::Tensor, at::Tensor> rotate_moments(const at::Tensor& exp_avg, con
   const Batch mean(exp_avg), square(exp_avg_sq), old_q(basis), new_q(new_basis);
   auto shape = mean.matrices.sizes().vec();
   shape[right ? 2 : 1] = new_basis.size(-1);
-  const at::Tensor out_mean = at::empty(shape, exp_avg.options()), out_square = at::empty(shape, exp_avg.options());
-  const auto pick = [&](const at::Tensor& t, int64_t i) { return right ? t.select(0, i).mT() : t.select(0, i); };
+  const at::Tensor out_mean = at::empty(shape, exp_avg.options()),
+                   out_square = at::empty(shape, exp_avg.options());
+  const auto pick = [&](const at::Tensor& t, int64_t i) {
+    return right ? t.select(0, i).mT() : t.select(0, i);
+  };
   mean.for_each([&](int64_t i) {
-    const at::Tensor s = new_q.matrices.select(0, i).mT().to(exp_avg.scalar_type())
+    const at::Tensor s = new_q.matrices.select(0, i)
+                             .mT()
+                             .to(exp_avg.scalar_type())
                              .matmul(old_q.matrices.select(0, i).to(exp_avg.scalar_type()));
-    rotate_moments_out(pick(out_mean, i), pick(out_square, i), pick(mean.matrices, i), pick(square.matrices, i), s,
-                       bias_correction1, bias_correction2);
+    rotate_moments_out(pick(out_mean, i), pick(out_square, i), pick(mean.matrices, i),
+                       pick(square.matrices, i), s, bias_correction1, bias_correction2);
   });
   auto result_shape = exp_avg.sizes().vec();
   result_shape[result_shape.size() - (right ? 1 : 2)] = new_basis.size(-1);
@@ -301,18 +317,21 @@ std::tuple<at::Tensor, at::Tensor> rotate_moments(const at::Tensor& exp_avg, con
 TORCH_LIBRARY(galore_rrf, m) {
   m.def("gaussian_sketch(int rows, int cols, *, int seed, int key=0, int refresh=0, int row_offset=0, "
         "int col_offset=0, ScalarType? dtype=None, Device? device=None) -> Tensor");
-  m.def("range_finder(Tensor a, int rank, *, int oversampling=0, str sketch=\"half_power\", int power=1, "
-        "Tensor? warm=None, bool coefficients=True, bool ordered=False, int seed=0, int key=0, int refresh=0) "
-        "-> (Tensor basis, Tensor coefficients, Tensor residual, Tensor status)");
-  m.def("adaptive_range_finder(Tensor a, float tolerance, *, bool relative=True, int block=64, "
-        "int? max_rank=None, str method=\"auto\", str sketch=\"plain\", bool trim=True, int seed=0, int key=0, "
-        "int refresh=0) -> (Tensor basis, Tensor coefficients, Tensor rank, Tensor residual, Tensor residuals, "
-        "Tensor status)");
-  m.def("projected_adamw_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
-        "Tensor(d!)[] bases, Tensor(e!)[] steps, Tensor?[] coefficients, int[] sides, int[] keys, "
-        "int[] refreshes, *, float lr, float beta1, float beta2, float eps, float weight_decay, float scale, "
-        "bool maximize=False, str arithmetic=\"torch\", str sketch=\"warm\", int power=1, int oversampling=0, "
-        "str moments=\"rotate\", int seed=0) -> Tensor");
+  m.def(
+      "range_finder(Tensor a, int rank, *, int oversampling=0, str sketch=\"half_power\", int power=1, "
+      "Tensor? warm=None, bool coefficients=True, bool ordered=False, int seed=0, int key=0, int refresh=0) "
+      "-> (Tensor basis, Tensor coefficients, Tensor residual, Tensor status)");
+  m.def(
+      "adaptive_range_finder(Tensor a, float tolerance, *, bool relative=True, int block=64, "
+      "int? max_rank=None, str method=\"auto\", str sketch=\"plain\", bool trim=True, int seed=0, int key=0, "
+      "int refresh=0) -> (Tensor basis, Tensor coefficients, Tensor rank, Tensor residual, Tensor residuals, "
+      "Tensor status)");
+  m.def(
+      "projected_adamw_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
+      "Tensor(d!)[] bases, Tensor(e!)[] steps, Tensor?[] coefficients, int[] sides, int[] keys, "
+      "int[] refreshes, *, float lr, float beta1, float beta2, float eps, float weight_decay, float scale, "
+      "bool maximize=False, str arithmetic=\"torch\", str sketch=\"warm\", int power=1, int oversampling=0, "
+      "str moments=\"rotate\", int seed=0) -> Tensor");
   m.def("rotate_moments(Tensor exp_avg, Tensor exp_avg_sq, Tensor basis, Tensor new_basis, int side, "
         "float bias_correction1, float bias_correction2) -> (Tensor, Tensor)");
 }

@@ -1,6 +1,6 @@
 // The extension module: importing it registers the operators; it tells how it was built.
-#include <torch/version.h>
 #include <pybind11/pybind11.h>
+#include <torch/version.h>
 
 #include "kernels.h"
 

@@ -1,0 +1,27 @@
+"""GaLore on a randomized range finder: a low-rank AdamW whose subspace follows the gradient."""
+
+from importlib.metadata import version as _version
+
+import torch as _torch
+
+from galore_rrf import ops
+from galore_rrf._C import build_info
+from galore_rrf.memory import state_bytes
+from galore_rrf.optimizer import GaLoreAdamW
+from galore_rrf.param_groups import param_groups
+from galore_rrf.range_finder import RangeFinderResult, Status, adaptive_range_finder, range_finder
+
+__version__ = _version("galore_rrf")
+
+__all__ = [
+    "GaLoreAdamW",
+    "RangeFinderResult",
+    "Status",
+    "__version__",
+    "adaptive_range_finder",
+    "build_info",
+    "ops",
+    "param_groups",
+    "range_finder",
+    "state_bytes",
+]

@@ -49,8 +49,8 @@ void fill_sketch_typed(T* out, int64_t rows, int64_t cols, SketchKey key, int64_
       }
       for (int64_t j = 0; j < cols; j += kCols) {
         const int64_t width = std::min(kCols, cols - j);
-        cpu::sketch_strip(strip, kCols, static_cast<uint32_t>(block),
-                          static_cast<uint32_t>(col_offset + j), width, key);
+        cpu::sketch_strip(strip, kCols, static_cast<uint32_t>(block), static_cast<uint32_t>(col_offset + j),
+                          width, key);
         copy_strip(strip + (from - 4 * block) * kCols, kCols, target + j, cols, to - from, width);
       }
     }

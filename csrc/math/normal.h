@@ -2,7 +2,7 @@
 // every compiler and device: only integer operations, IEEE fp32 addition,
 // multiplication, explicit fma and sqrt are used, and the build forbids
 // contraction and fast-math.  log and sincos are within 2 ulp of
-// the exact value on the arguments that occur (tests/cpp/test_math.cpp).
+// the exact value on the arguments that occur (tests/cpp/test_normal.cpp).
 #pragma once
 
 #include <cmath>
@@ -58,15 +58,13 @@ GALORE_RRF_HD float log_of_uniform(float u) {
 // (cos, sin) of 2 pi x / 2^32.  The reduction to an eighth of the circle is exact, in integers.
 GALORE_RRF_HD Pair cos_sin_of_turn(uint32_t x) {
   const uint32_t quadrant = (x + 0x20000000u) >> 30;
-  const float y =
-      static_cast<float>(static_cast<int32_t>(x - (quadrant << 30))) * 0x1p-29f;  // in [-1, 1]
+  const float y = static_cast<float>(static_cast<int32_t>(x - (quadrant << 30))) * 0x1p-29f;  // in [-1, 1]
   const float z = y * y;
 
   float s = -0x1.2d9302p-15f;  // sin(pi/4 y) = y S(y^2)
   s = fmaf(s, z, 0x1.465e92p-9f);
   s = fmaf(s, z, -0x1.4abbbap-4f);
-  s = fmaf(s, z, 0x1.921fb6p-1f);
-  s = s * y;
+  s = fmaf(0x1.921fb6p-1f, y, s * (z * y));
 
   float c = 0x1.d9f7bap-19f;  // cos(pi/4 y) = 1 + y^2 C(y^2)
   c = fmaf(c, z, -0x1.55c664p-12f);

@@ -35,14 +35,16 @@ Matrix matrix_of(const ProjectedParameter& p, int64_t index) {
   const auto turn = [&](const at::Tensor& t) {
     return t.defined() && p.side == Side::right ? pick(t).mT() : pick(t);
   };
-  return {turn(p.weight), turn(p.grad),    turn(p.exp_avg),
-          turn(p.exp_avg_sq), pick(p.basis), turn(p.coefficients),
-          p.step.item().toDouble(), static_cast<uint32_t>(p.key + index), p.refresh};
+  return {
+      turn(p.weight), turn(p.grad),         turn(p.exp_avg),          turn(p.exp_avg_sq),
+      pick(p.basis),  turn(p.coefficients), p.step.item().toDouble(), static_cast<uint32_t>(p.key + index),
+      p.refresh};
 }
 
 bool out_of_memory(const c10::Error& error) {
   return dynamic_cast<const c10::OutOfMemoryError*>(&error) != nullptr ||
-         std::string_view(error.what_without_backtrace()).find("DefaultCPUAllocator") != std::string_view::npos;
+         std::string_view(error.what_without_backtrace()).find("DefaultCPUAllocator") !=
+             std::string_view::npos;
 }
 
 bool has_basis(const Matrix& x) { return x.basis.select(1, 0).ne(0).any().item<bool>(); }
@@ -168,16 +170,15 @@ std::vector<Outcome> projected_adamw_(const std::vector<ProjectedParameter>& par
     for (int64_t j = 0; j < count; ++j) {
       matrices.push_back(matrix_of(p, j));
       owner.push_back(i);
-      costs.push_back(static_cast<double>(p.basis.size(-1)) * static_cast<double>(matrices.back().grad.numel()) *
-                      (p.refresh >= 0 ? 2.5 : 1));
+      costs.push_back(static_cast<double>(p.basis.size(-1)) *
+                      static_cast<double>(matrices.back().grad.numel()) * (p.refresh >= 0 ? 2.5 : 1));
     }
   }
 
   const Step step(adamw, refresh);
   std::vector<Outcome> outcomes(matrices.size(), Outcome::skipped);
-  for_each_in_parallel(costs, [&](int64_t i) {
-    outcomes[static_cast<size_t>(i)] = step(matrices[static_cast<size_t>(i)]);
-  });
+  for_each_in_parallel(
+      costs, [&](int64_t i) { outcomes[static_cast<size_t>(i)] = step(matrices[static_cast<size_t>(i)]); });
 
   // A stack keeps one clock: it has refreshed or stepped if any of its matrices has.
   const auto rank = [](Outcome o) {

@@ -61,9 +61,7 @@ int64_t trimmed_rank(const at::Tensor& energies, double& left, double threshold)
 
 }  // namespace
 
-double tolerance_floor(at::ScalarType dtype) {
-  return 200 * (dtype == at::kDouble ? 0x1p-53 : 0x1p-24);
-}
+double tolerance_floor(at::ScalarType dtype) { return 200 * (dtype == at::kDouble ? 0x1p-53 : 0x1p-24); }
 
 int64_t max_adaptive_blocks(int64_t m, int64_t n, const AdaptiveOptions& options) {
   return (column_cap(m, n, options.max_rank) + options.block - 1) / options.block;
@@ -126,9 +124,9 @@ AdaptiveResult adaptive_range_finder(const at::Tensor& a, const AdaptiveOptions&
   }
   scale_by_power_(b, exponent);
 
-  const Status status = left <= threshold                    ? Status::converged
+  const Status status = left <= threshold                         ? Status::converged
                         : tau < tolerance_floor(compute_dtype(a)) ? Status::floor
-                                                             : Status::rank_cap;
+                                                                  : Status::rank_cap;
   return {q, b, std::sqrt(left / norm2), std::move(residuals), status};
 }
 

@@ -144,8 +144,7 @@ double relative_residual(const at::Tensor& a, const at::Tensor& basis, const at:
   const auto squared_norm = [](const at::Tensor& t) { return kernels_for(t).squared_norm(t.contiguous()); };
 
   const double total = sum_over_tiles([&](const auto& part, const auto&) { return squared_norm(part); });
-  double left =
-      total - sum_over_tiles([&](const auto&, const auto& kept) { return squared_norm(kept); });
+  double left = total - sum_over_tiles([&](const auto&, const auto& kept) { return squared_norm(kept); });
   if (left < kCancellation * total) {
     const at::Tensor q = basis.to(at::kDouble);
     left = sum_over_tiles(

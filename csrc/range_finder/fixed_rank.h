@@ -24,7 +24,8 @@ struct FixedRankOptions {
 Status fixed_rank_range_finder(const at::Tensor& a, const FixedRankOptions& options, const at::Tensor& warm,
                                const at::Tensor& basis, const at::Tensor& coefficients);
 
-// ||a - Q B||_F / ||a||_F in fp64, from norms where that is accurate, else from the difference itself by tiles.
+// ||a - Q B||_F / ||a||_F in fp64, from norms where that is accurate, else from the difference itself by
+// tiles.
 double relative_residual(const at::Tensor& a, const at::Tensor& basis, const at::Tensor& coefficients);
 
 }  // namespace galore_rrf

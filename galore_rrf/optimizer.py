@@ -1,0 +1,335 @@
+"""GaLoreAdamW: parameter groups and dispatch; all numbers are computed in `ops` and `subspace`."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable
+from difflib import get_close_matches
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.adamw import AdamW, adamw
+from typing_extensions import Unpack
+
+from galore_rrf import checkpoint, ops
+from galore_rrf.param_groups import with_rank
+from galore_rrf.subspace import (
+    SCHEMA_VERSION,
+    SubspaceKeys,
+    SubspaceOptions,
+    as_matrices,
+    is_projected,
+    matrix_count,
+    new_state,
+    refresh,
+    refresh_due,
+    refreshed_in_step,
+    resolve,
+)
+
+_SKIPPED, _REFRESHED = 0, 2  # outcomes of ops.projected_adamw_
+_OFTEN = 50  # below this interval kept moments do harm
+
+
+class GaLoreAdamW(AdamW):
+    """AdamW with its moments in a low-rank subspace of each gradient matrix (GaLore, arXiv 2403.03507).
+
+    Takes the place of `torch.optim.AdamW`: the same arguments, defaults and errors.  Groups without `rank`
+    are plain AdamW, computed by torch itself.  In a group with `rank`, parameters with two dimensions (and
+    stacks, (e, m, n); convolutions unfolded to (out, rest)) whose shorter side exceeds it are projected;
+    a randomized range finder finds their subspace every `update_proj_gap` steps.
+
+    Args:
+        params: as of any torch optimizer.  With `rank` here, named parameters follow the rule of
+            `galore_rrf.param_groups`, bare tensors are all projected.
+        lr, betas, eps, weight_decay, amsgrad, maximize, foreach, capturable, differentiable, fused: as of
+            `torch.optim.AdamW`; amsgrad and differentiable are errors where a group is projected, and
+            foreach and fused concern plain parameters alone.
+        **subspace: defaults of the groups' subspace keys; see `galore_rrf.subspace.SubspaceOptions`.
+
+    Raises:
+        ValueError, TypeError: naming the argument, its value and what is allowed.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        amsgrad: bool = False,
+        *,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        **subspace: Unpack[SubspaceKeys],
+    ) -> None:
+        for key in subspace:
+            if key not in SubspaceKeys.__annotations__:
+                raise TypeError(f"GaLoreAdamW got an unexpected keyword argument {key!r}{_did_you_mean(key)}")
+        self._subspace_defaults = resolve(subspace)
+        super().__init__(
+            with_rank(params, self._subspace_defaults["rank"]),
+            lr,
+            betas,
+            eps,
+            weight_decay,
+            amsgrad,
+            maximize=maximize,
+            foreach=foreach,
+            capturable=capturable,
+            differentiable=differentiable,
+            fused=fused,
+        )
+        self.defaults.update(self._subspace_defaults)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a group, its subspace keys completed by its preset and the optimizer's defaults."""
+        if not isinstance(param_group, dict):
+            raise TypeError(f"param_group must be a dict, but got {type(param_group)}")
+        for key in param_group:
+            if key not in SubspaceKeys.__annotations__ and _did_you_mean(key):
+                raise ValueError(f"Unknown group key {key!r}{_did_you_mean(key)}")
+        # A copy or an unpickled optimizer has its defaults, but no attribute of ours.
+        defaults = getattr(self, "_subspace_defaults", self.defaults)
+        keys = {**resolve(param_group, defaults), "schema_version": SCHEMA_VERSION}
+        group = {**self.defaults, **param_group, **keys}
+        _check_group(group)
+        super().add_param_group({**param_group, **keys})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One optimization step; returns what `closure` returns.
+
+        Raises FloatingPointError, nothing written, for a non-finite gradient of a group with
+        ``nonfinite="raise"``; RuntimeError for sparse gradients.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        work = [(group, SubspaceOptions.of(group), *_split(group)) for group in self.param_groups]
+        for group, options, projected, _ in work:
+            _check_gradients(group, options, projected)
+        if self._unscale([p for _, _, projected, _ in work for p in projected]):
+            for group, options, projected, plain in work:
+                self._plain_step(group, plain)
+                self._projected_step(group, options, projected)
+        else:
+            for group, _, _, plain in work:
+                self._plain_step(group, plain)
+        return loss
+
+    def _plain_step(self, group: dict[str, Any], params: list[Tensor]) -> None:
+        """torch's own AdamW."""
+        with_grad: list[Tensor] = []
+        grads: list[Tensor] = []
+        exp_avgs: list[Tensor] = []
+        exp_avg_sqs: list[Tensor] = []
+        max_exp_avg_sqs: list[Tensor] = []
+        steps: list[Tensor] = []
+        has_complex = self._init_group(
+            {**group, "params": params}, with_grad, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps
+        )
+        if not with_grad:
+            return
+        beta1, beta2 = group["betas"]
+        adamw(
+            with_grad,
+            grads,
+            exp_avgs,
+            exp_avg_sqs,
+            max_exp_avg_sqs,
+            steps,
+            foreach=group["foreach"],
+            capturable=group["capturable"],
+            differentiable=group["differentiable"],
+            fused=group["fused"],
+            grad_scale=getattr(self, "grad_scale", None),
+            found_inf=getattr(self, "found_inf", None),
+            has_complex=has_complex,
+            amsgrad=group["amsgrad"],
+            beta1=beta1,
+            beta2=beta2,
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            maximize=group["maximize"],
+        )
+
+    def _unscale(self, params: list[Tensor]) -> bool:
+        """GradScaler leaves unscaling and skipping to an optimizer with ``fused=True``; torch's plain
+        path does both itself.  Returns whether the projected parameters are to take the step."""
+        found_inf, grad_scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
+        if found_inf is not None and bool(found_inf):
+            return False
+        if grad_scale is not None:
+            for p in params:
+                assert p.grad is not None
+                p.grad.div_(grad_scale)
+        return True
+
+    def _projected_step(self, group: dict[str, Any], options: SubspaceOptions, params: list[Tensor]) -> None:
+        """Refreshes that change shapes first, a matrix at a time; then all others in one call."""
+        if not params:
+            return
+        self._init_projected(params, options)
+        together = []
+        for p in params:
+            state = self.state[p]
+            due = refresh_due(state, options.update_proj_gap)
+            if due and not refreshed_in_step(state, options):
+                grad = as_matrices(_grad(p))
+                beta1, beta2 = map(float, group["betas"])
+                projected = refresh(state, -grad if group["maximize"] else grad, options, (beta1, beta2))
+                if projected is not None and group["maximize"]:
+                    projected = -projected
+                self._call(group, options, [p], [-1], [projected])
+            else:
+                together.append((p, state["refreshes"] if due else -1))
+        if together:
+            self._call(group, options, [p for p, _ in together], [due for _, due in together], None)
+
+    def _call(
+        self,
+        group: dict[str, Any],
+        options: SubspaceOptions,
+        params: list[Tensor],
+        refreshes: list[int],
+        coefficients: list[Tensor | None] | None,
+    ) -> None:
+        states = [self.state[p] for p in params]
+        weights = [as_matrices(p) for p in params]
+        taken = [int(state["step"]) for state in states]
+        beta1, beta2 = group["betas"]
+        outcomes = ops.projected_adamw_(
+            weights,
+            [as_matrices(_grad(p)) for p in params],
+            [state["exp_avg"] for state in states],
+            [state["exp_avg_sq"] for state in states],
+            [state["basis"] for state in states],
+            [state["step"] for state in states],
+            coefficients or [None] * len(params),
+            [state["side"] for state in states],
+            [state["key"] for state in states],
+            refreshes,
+            lr=float(group["lr"]),
+            beta1=float(beta1),
+            beta2=float(beta2),
+            eps=group["eps"],
+            weight_decay=group["weight_decay"],
+            scale=options.scale,
+            maximize=group["maximize"],
+            arithmetic=options.arithmetic,
+            sketch=options.sketch,
+            power=options.power,
+            oversampling=options.oversampling,
+            moments=options.moments,
+            seed=options.seed,
+        ).tolist()
+        for p, weight, state, step, outcome in zip(params, weights, states, taken, outcomes, strict=True):
+            if weight.data_ptr() != p.data_ptr():  # unfolded from a layout that has no view as a matrix
+                p.copy_(weight.view(p.shape))
+            if outcome == _REFRESHED:
+                state["refreshes"] += 1
+                state["last_refresh"] = step
+
+    def _init_projected(self, params: list[Tensor], options: SubspaceOptions) -> None:
+        """State for parameters that have none; their matrix ids are positions among all matrices."""
+        new = {p for p in params if not self.state[p]}
+        if not new:
+            return
+        key = 0
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p in new:
+                    self.state[p].update(new_state(p, options, key))
+                key += matrix_count(p)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads a state dict of this class or, for plain groups, of `torch.optim.AdamW`.
+
+        Raises ValueError naming the parameter where the state does not fit it; the optimizer is then as it
+        was.  The state may have any rank; moments stay in fp32 whatever the dtype of the weights.
+        """
+        projected: list[tuple[Tensor, dict[str, Any]]] = []
+
+        def validate(_: Any, loaded: dict[str, Any]) -> dict[str, Any]:
+            checkpoint.check_sizes(self.param_groups, loaded["param_groups"])
+            groups = checkpoint.completed_groups(self.param_groups, loaded["param_groups"])
+            projected.extend(checkpoint.projected_states(self.param_groups, groups, loaded["state"]))
+            return {**loaded, "param_groups": groups}
+
+        handle = self.register_load_state_dict_pre_hook(validate)  # after the user's
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            handle.remove()
+        # The base class casts to the dtype of the weights.
+        for p, state in projected:
+            self.state[p] = state
+
+
+def _did_you_mean(key: str) -> str:
+    close = get_close_matches(key, SubspaceKeys.__annotations__, n=1, cutoff=0.8)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def _check_group(group: dict[str, Any]) -> None:
+    """Raises for what makes no sense together, warns of what does harm."""
+    if group["rank"] is None:
+        return
+    for name in ("amsgrad", "differentiable"):
+        if group[name]:
+            raise ValueError(f"Invalid {name}: True (must be False in a group with rank, which is projected)")
+    params = group["params"]
+    for i, item in enumerate([params] if isinstance(params, Tensor) else params):
+        p = item[1] if isinstance(item, tuple) else item
+        if isinstance(p, Tensor) and is_projected(p, group["rank"]) and not p.is_floating_point():
+            name = item[0] if isinstance(item, tuple) else f"parameter {i}"
+            raise TypeError(
+                f"Invalid dtype of {name}: {p.dtype} (projected parameters must be real floating-point)"
+            )
+    if group["moments"] == "keep" and group["update_proj_gap"] < _OFTEN and group["tolerance"] is None:
+        warnings.warn(
+            f"moments='keep' with a new subspace every {group['update_proj_gap']} steps ruins training: "
+            f"moments='rotate' moves them along; keep them only where update_proj_gap is {_OFTEN} or more",
+            stacklevel=4,
+        )
+
+
+def _grad(p: Tensor) -> Tensor:
+    assert p.grad is not None
+    return p.grad
+
+
+def _split(group: dict[str, Any]) -> tuple[list[Tensor], list[Tensor]]:
+    """The group's parameters with gradients that are projected, and all its plain ones."""
+    projected = [p for p in group["params"] if is_projected(p, group["rank"])]
+    chosen = set(projected)
+    return [p for p in projected if p.grad is not None], [p for p in group["params"] if p not in chosen]
+
+
+def _check_gradients(group: dict[str, Any], options: SubspaceOptions, params: Iterable[Tensor]) -> None:
+    """Raises for gradients that no step can be taken with, before anything is written."""
+    names = dict(zip(group["params"], group.get("param_names", ()), strict=False))
+    for p in params:
+        grad = _grad(p)
+        name = names.get(p, f"a parameter of shape {tuple(p.shape)}")
+        if grad.layout != torch.strided:
+            raise RuntimeError(
+                f"GaLoreAdamW does not support sparse gradients, and that of {name} is {grad.layout}"
+            )
+        if (grad.shape, grad.dtype, grad.device) != (p.shape, p.dtype, p.device):
+            raise ValueError(
+                f"the gradient of {name} is {tuple(grad.shape)} {grad.dtype} on {grad.device}, "
+                f"the parameter {tuple(p.shape)} {p.dtype} on {p.device} (they must agree)"
+            )
+        if options.nonfinite == "raise":
+            largest = torch.linalg.vector_norm(grad, float("inf"))
+            if not bool(torch.isfinite(largest)):
+                raise FloatingPointError(f"the gradient of {name} is not finite (nothing was written)")

@@ -1,0 +1,462 @@
+"""The operators of `galore_rrf.ops` in plain PyTorch, as close to the formulae as they can be written.
+
+For readers and tests; nothing here runs in training.  Signatures, defaults and what is returned are those
+of `galore_rrf.ops`.  Arguments are not checked, memory and time are not saved, and every matrix is scaled
+by a power of two where the operators do so only when they must.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+CONVERGED, RANK_CAP, FLOOR, ZERO, NONFINITE = range(5)  # the status of a range finder
+SKIPPED, STEPPED, REFRESHED, DECAYED = range(4)  # the outcome of a step
+
+_WORD = 0xFFFFFFFF
+_UNIT_ROUNDOFF = {torch.float32: 2.0**-24, torch.float64: 2.0**-53}
+
+
+# --- Random numbers -----------------------------------------------------------------------------------
+
+
+def philox4x32_10(counter: Sequence[Tensor], seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Four random words for each counter of four words (Salmon et al. 2011), all int64 below 2^32.
+
+    A 32 x 32 bit product wraps in int64, but its 64 bits are those of the unsigned product.
+    """
+    x0, x1, x2, x3 = counter
+    key0, key1 = seed & _WORD, seed >> 32
+    for _ in range(10):
+        p0, p1 = 0xD2511F53 * x0, 0xCD9E8D57 * x2
+        x0, x1, x2, x3 = (
+            ((p1 >> 32) & _WORD) ^ x1 ^ key0,
+            p1 & _WORD,
+            ((p0 >> 32) & _WORD) ^ x3 ^ key1,
+            p0 & _WORD,
+        )
+        key0, key1 = (key0 + 0x9E3779B9) & _WORD, (key1 + 0xBB67AE85) & _WORD
+    return x0, x1, x2, x3
+
+
+def _box_muller(radius_word: Tensor, angle_word: Tensor) -> tuple[Tensor, Tensor]:
+    """Two normals in fp64; u alone is rounded to fp32.  The operator computes in fp32 throughout."""
+    u = (radius_word.to(torch.float32).double() * 2.0**-32 + 2.0**-33).to(torch.float32).double()
+    radius = torch.sqrt(-2 * torch.log(u))
+    angle = 2 * math.pi * 2.0**-32 * angle_word.double()
+    return radius * torch.cos(angle), radius * torch.sin(angle)
+
+
+def gaussian_sketch(
+    rows: int,
+    cols: int,
+    *,
+    seed: int,
+    key: int = 0,
+    refresh: int = 0,
+    row_offset: int = 0,
+    col_offset: int = 0,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """Part of a Gaussian test matrix: Philox words to the bit, Box-Muller in fp64, cast to `dtype`."""
+    row = torch.arange(row_offset, row_offset + rows)
+    counter = torch.broadcast_tensors(
+        row[:, None] // 4,
+        torch.arange(col_offset, col_offset + cols)[None, :],
+        torch.tensor(key),
+        torch.tensor(refresh),
+    )
+    words = philox4x32_10(counter, seed)
+    normals = torch.stack([*_box_muller(*words[:2]), *_box_muller(*words[2:])])  # 4 x rows x cols
+    result = normals.gather(0, (row % 4)[None, :, None].expand(1, rows, cols))[0]
+    return result.to(dtype=dtype or torch.get_default_dtype(), device=device)
+
+
+# --- Range finders ------------------------------------------------------------------------------------
+
+
+def _compute_dtype(a: Tensor) -> torch.dtype:
+    return torch.float64 if a.dtype == torch.float64 else torch.float32
+
+
+def _orth(a: Tensor) -> Tensor:
+    """Q of the Householder QR factorisation.
+
+    Column k depends on the span of the first k columns of a alone, not on their lengths or signs.
+    """
+    return torch.linalg.qr(a)[0]
+
+
+def _scale(a: Tensor, exponent: int) -> Tensor:
+    """2^exponent a, in two steps since one factor may overflow."""
+    half = exponent // 2
+    return a * 2.0**half * 2.0 ** (exponent - half)
+
+
+def _by_energy(q: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Q U and U^T B, U the left singular vectors of B, and the squared singular values, descending."""
+    energies, vectors = torch.linalg.eigh(b.double() @ b.double().mT)
+    u = vectors.flip(1).to(q.dtype)
+    return q @ u, u.mT @ b, energies.flip(0).clamp(min=0)
+
+
+def _relative_residual(a: Tensor, q: Tensor, b: Tensor) -> float:
+    a = a.double()
+    return float(torch.linalg.norm(a - q.double() @ b.double()) / torch.linalg.norm(a))
+
+
+def _fixed_rank(
+    a: Tensor,
+    rank: int,
+    oversampling: int,
+    sketch: str,
+    power: int,
+    warm: Tensor | None,
+    ordered: bool,
+    seed: int,
+    key: int,
+    refresh: int,
+) -> tuple[Tensor, Tensor, float, int]:
+    """Algorithms 4.1 (plain) and 4.4 (power) of Halko, Martinsson, Tropp 2011; half a power step, warm start."""
+    m, n = a.shape
+    dtype = _compute_dtype(a)
+    largest = float(a.abs().max())
+    q, b = torch.zeros(m, rank, dtype=dtype), torch.zeros(rank, n, dtype=dtype)
+    if not math.isfinite(largest):
+        return q, b, math.nan, NONFINITE
+    if largest == 0:
+        return q.fill_diagonal_(1), b, 0.0, ZERO
+    exponent = math.frexp(largest)[1]
+    a = _scale(a.to(dtype), -exponent)
+
+    width = min(rank + oversampling, m, n)
+
+    def omega(rows: int, first: int = 0) -> Tensor:
+        return gaussian_sketch(
+            rows, width - first, seed=seed, key=key, refresh=refresh, col_offset=first, dtype=dtype
+        )
+
+    if sketch in ("half_power", "warm"):
+        left = omega(m)
+        if sketch == "warm":
+            assert warm is not None
+            known = warm[:, :width].to(dtype)
+            left = torch.cat([known, omega(m, known.shape[1])], 1)
+            if not (a.mT @ left).any():  # the previous basis is orthogonal to all of a
+                left = omega(m)
+        y = a @ _orth(a.mT @ left)
+    else:
+        y = a @ omega(n)
+        for _ in range(power if sketch == "power" else 0):
+            y = a @ _orth(a.mT @ _orth(y))
+
+    q = _orth(y)
+    b = q.mT @ a
+    if ordered or width > rank:
+        q, b, _ = _by_energy(q, b)
+        q, b = q[:, :rank], b[:rank]
+    return q, _scale(b, exponent), _relative_residual(a, q, b), CONVERGED
+
+
+def range_finder(
+    a: Tensor,
+    rank: int,
+    *,
+    oversampling: int = 0,
+    sketch: str = "half_power",
+    power: int = 1,
+    warm: Tensor | None = None,
+    coefficients: bool = True,
+    ordered: bool = False,
+    seed: int = 0,
+    key: int = 0,
+    refresh: int = 0,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Fixed-rank range finder of every matrix of a batch."""
+    *batch, m, n = a.shape
+    matrices = a.reshape(-1, m, n)
+    previous = [None] * len(matrices) if warm is None else list(warm.reshape(-1, m, warm.shape[-1]))
+    found = [
+        _fixed_rank(x, rank, oversampling, sketch, power, w, ordered, seed, key + i, refresh)
+        for i, (x, w) in enumerate(zip(matrices, previous, strict=True))
+    ]
+    q, b, residual, status = zip(*found, strict=True)
+    kept = rank if coefficients else 0
+    known = [x if coefficients or s == ZERO else math.nan for x, s in zip(residual, status, strict=True)]
+    return (
+        torch.stack(q).view(*batch, m, rank),
+        torch.stack(b)[:, :kept].view(*batch, kept, n),
+        torch.tensor(
+            [r if coefficients or s == ZERO else math.nan for r, s in zip(residual, status, strict=True)]
+        )
+        .double()
+        .view(batch),
+        torch.tensor(status, dtype=torch.uint8).view(batch),
+    )
+
+
+def _adaptive(
+    a: Tensor,
+    tolerance: float,
+    relative: bool,
+    block: int,
+    max_rank: int,
+    sketch: str,
+    trim: bool,
+    seed: int,
+    key: int,
+    refresh: int,
+) -> tuple[Tensor, Tensor, float, list[float], int]:
+    """One matrix, by deflation (randQB, Martinsson and Voronin 2016).
+
+    Penke's Householder form (2024) sketches the trailing rows of H_k ... H_1 A, which are (I - Q Q^T) A in
+    another basis of the complement of Q: with the plain sketch every block spans the same space here, with
+    half a power step only one of the same quality, since its left test matrix meets other coordinates.
+    """
+    m, n = a.shape
+    dtype = _compute_dtype(a)
+    largest = float(a.abs().max())
+    q, b = torch.zeros(m, 0, dtype=dtype), torch.zeros(0, n, dtype=dtype)
+    if not math.isfinite(largest):
+        return q, b, math.nan, [], NONFINITE
+    if largest == 0:
+        return q, b, 0.0, [], ZERO
+    exponent = math.frexp(largest)[1]
+    rest = _scale(a.to(dtype), -exponent)
+
+    def energy(x: Tensor) -> float:
+        return float(x.double().square().sum())
+
+    total = energy(rest)
+    tau = tolerance if relative else math.ldexp(tolerance, -exponent) / math.sqrt(total)
+    threshold = tau**2 * total
+    # The last sketch of a tall matrix of full rank is square: a few columns more, trimmed off again.
+    cap = min(m, n + 16) if m > n and max_rank == n else max_rank
+    residuals: list[float] = []
+    left = total
+
+    def add_block() -> None:
+        nonlocal q, b, rest, left
+        columns = slice(q.shape[1], min(q.shape[1] + block, cap))
+        width = columns.stop - columns.start
+        rows = m if sketch == "half_power" else n
+        omega = gaussian_sketch(
+            rows, width, seed=seed, key=key, refresh=refresh, col_offset=columns.start, dtype=dtype
+        )
+        y = rest @ omega if sketch == "plain" else rest @ _orth(rest.mT @ omega)
+        if y.shape[1] < width:  # more columns than n: any will do
+            y = torch.cat([y, omega[:, y.shape[1] :]], 1)
+        new = _orth(torch.cat([q, _orth(y)], 1))[:, columns]  # reorthogonalised against the earlier blocks
+        kept = new.mT @ rest
+        rest = rest - new @ kept
+        q, b = torch.cat([q, new], 1), torch.cat([b, kept])
+        left = energy(rest)
+        residuals.append(math.sqrt(left / total))
+
+    while q.shape[1] < cap and left > threshold:
+        add_block()
+    trim = trim and left <= threshold
+    if trim and q.shape[1] < cap and left > 0:
+        add_block()  # one more, so that trimming comes close to the smallest rank
+
+    if trim or q.shape[1] > max_rank:
+        q, b, energies = _by_energy(q, b)
+        rank = q.shape[1]
+        while rank > 0 and (rank > max_rank or (trim and left + float(energies[rank - 1]) <= threshold)):
+            rank -= 1
+            left += float(energies[rank])
+        q, b = q[:, :rank], b[:rank]
+    short = FLOOR if tau < 200 * _UNIT_ROUNDOFF[dtype] else RANK_CAP
+    status = CONVERGED if left <= threshold else short
+    return q, _scale(b, exponent), math.sqrt(left / total), residuals, status
+
+
+def adaptive_range_finder(
+    a: Tensor,
+    tolerance: float,
+    *,
+    relative: bool = True,
+    block: int = 64,
+    max_rank: int | None = None,
+    method: str = "auto",
+    sketch: str = "plain",
+    trim: bool = True,
+    seed: int = 0,
+    key: int = 0,
+    refresh: int = 0,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Adaptive range finder of every matrix of a batch (Penke 2024); `method` makes no difference here."""
+    *batch, m, n = a.shape
+    full = min(m, n)
+    cap = full if max_rank is None else min(full, max_rank)
+    columns = min(m, n + 16) if m > n and cap == n else cap
+    matrices = a.reshape(-1, m, n)
+    count, blocks, dtype = len(matrices), -(-columns // block), _compute_dtype(a)
+    basis = torch.zeros(count, m, cap, dtype=dtype)
+    coefficients = torch.zeros(count, cap, n, dtype=dtype)
+    rank = torch.zeros(count, dtype=torch.int64)
+    residual = torch.zeros(count, dtype=torch.float64)
+    residuals = torch.full((count, blocks), math.nan, dtype=torch.float64)
+    status = torch.zeros(count, dtype=torch.uint8)
+    for i, x in enumerate(matrices):
+        q, b, residual[i], history, status[i] = _adaptive(
+            x, tolerance, relative, block, cap, sketch, trim, seed, key + i, refresh
+        )
+        rank[i] = q.shape[1]
+        basis[i, :, : q.shape[1]], coefficients[i, : q.shape[1]] = q, b
+        residuals[i, : len(history)] = torch.tensor(history, dtype=torch.float64)
+    return (
+        basis.view(*batch, m, cap),
+        coefficients.view(*batch, cap, n),
+        rank.view(batch),
+        residual.view(batch),
+        residuals.view(*batch, blocks),
+        status.view(batch),
+    )
+
+
+# --- The optimizer's step -----------------------------------------------------------------------------
+
+
+def rotate_moments(
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    basis: Tensor,
+    new_basis: Tensor,
+    side: int,
+    bias_correction1: float,
+    bias_correction2: float,
+) -> tuple[Tensor, Tensor]:
+    """LDAdam's rule (Robert et al. 2024): m <- S m, v <- |S^2 (v - m^2) + (S m)^2| with S = Q_new^T Q_old."""
+    s = new_basis.mT.to(exp_avg.dtype) @ basis.to(exp_avg.dtype)
+    m, v = exp_avg / bias_correction1, exp_avg_sq / bias_correction2
+    if side == 0:
+        m, v = m.mT, v.mT
+    new_m = s @ m
+    new_v = (s.square() @ (v - m.square()) + new_m.square()).abs()
+    if side == 0:
+        new_m, new_v = new_m.mT, new_v.mT
+    return new_m * bias_correction1, new_v * bias_correction2
+
+
+def projected_adamw_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    bases: Sequence[Tensor],
+    steps: Sequence[Tensor],
+    coefficients: Sequence[Tensor | None],
+    sides: Sequence[int],
+    keys: Sequence[int],
+    refreshes: Sequence[int],
+    *,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    scale: float,
+    maximize: bool = False,
+    arithmetic: str = "torch",
+    sketch: str = "warm",
+    power: int = 1,
+    oversampling: int = 0,
+    moments: str = "rotate",
+    seed: int = 0,
+) -> Tensor:
+    """One step of GaLore's projected AdamW (Zhao et al. 2024, algorithm 2) for every matrix, in place."""
+
+    def new_subspace(g: Tensor, q: Tensor, known: bool, key: int, refresh: int) -> tuple[Tensor, Tensor, int]:
+        found, b, _, status = range_finder(
+            g,
+            q.shape[-1],
+            oversampling=oversampling,
+            sketch="half_power" if sketch == "warm" and not known else sketch,
+            power=power,
+            warm=q if sketch == "warm" and known else None,
+            ordered=moments == "keep",
+            seed=seed,
+            key=key,
+            refresh=refresh,
+        )
+        return found, b, int(status)
+
+    def step(
+        tensors: Sequence[Tensor], given: Tensor | None, t: float, side: int, key: int, refresh: int
+    ) -> int:
+        w, g, m, v, q = tensors
+        dtype = m.dtype
+        known = bool(q.any())
+        new_q, outcome = None, STEPPED
+        if given is not None:  # of a refresh made elsewhere
+            r, outcome = given.to(dtype), REFRESHED
+        elif refresh >= 0 or not known:
+            new_q, r, status = new_subspace(g.mT if side == 0 else g, q, known, key, max(refresh, 0))
+            r = r.mT if side == 0 else r
+            outcome = REFRESHED
+            if status == ZERO:
+                new_q, outcome = None, STEPPED if known else DECAYED
+        else:
+            r = g.to(dtype) @ q.to(dtype) if side == 0 else q.to(dtype).mT @ g.to(dtype)
+
+        decay = 1 - lr * weight_decay
+        if not (g.isfinite().all() and r.isfinite().all()):
+            return SKIPPED
+        if outcome == DECAYED:
+            w.mul_(decay)
+            return DECAYED
+        if new_q is not None:
+            if known and moments == "rotate" and t > 0:
+                rotated = rotate_moments(m, v, q, new_q, side, 1 - beta1**t, 1 - beta2**t)
+                m.copy_(rotated[0])
+                v.copy_(rotated[1])
+            q.copy_(new_q)
+
+        t += 1
+        r = -r if maximize else r
+        m.copy_(beta1 * m + (1 - beta1) * r)
+        v.copy_(beta2 * v + (1 - beta2) * r * r)
+        correction1, correction2 = 1 - beta1**t, 1 - beta2**t
+        if arithmetic == "torch":
+            n = (m / correction1) / ((v / correction2).sqrt() + eps)
+        else:  # galore_torch: eps beside the uncorrected root
+            n = m * (math.sqrt(correction2) / correction1) / (v.sqrt() + eps)
+        update = lr * scale * (n @ q.to(dtype).mT if side == 0 else q.to(dtype) @ n)
+        if arithmetic == "torch":
+            w.copy_(decay * w.to(dtype) - update)
+        else:  # decay last
+            w.copy_(decay * (w.to(dtype) - update))
+        return outcome
+
+    def matrices(x: Tensor) -> list[Tensor]:
+        return list(x if x.dim() == 3 else x.unsqueeze(0))
+
+    result = []
+    for i, param in enumerate(params):
+        tensors = zip(
+            *map(matrices, (param, grads[i], exp_avgs[i], exp_avg_sqs[i], bases[i])),
+            strict=True,
+        )
+        given = coefficients[i]
+        outcomes = [
+            step(
+                mine,
+                None if given is None else matrices(given)[j],
+                float(steps[i]),
+                sides[i],
+                keys[i] + j,
+                refreshes[i],
+            )
+            for j, mine in enumerate(tensors)
+        ]
+        # A stack keeps one clock, and has refreshed or stepped if any of its matrices has.
+        outcome = next((o for o in (REFRESHED, STEPPED, DECAYED) if o in outcomes), SKIPPED)
+        if outcome in (STEPPED, REFRESHED):
+            steps[i].add_(1)
+        result.append(outcome)
+    return torch.tensor(result, dtype=torch.uint8)

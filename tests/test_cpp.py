@@ -1,0 +1,103 @@
+"""The C++ tests, each case a test here, plainly and under sanitizers; and the C++ library."""
+
+import fcntl
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# Read from the sources, so that collecting tests compiles nothing; test_cases_are_all_listed compares.
+CASES = [
+    name
+    for source in sorted((ROOT / "tests/cpp").glob("test_*.cpp"))
+    for name in re.findall(r'^TEST_CASE\(\s*"([^"]+)"', source.read_text(), re.MULTILINE)
+]
+
+
+def run(*command) -> str:
+    """The output of a command; where it fails, the test fails with its output."""
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    done = subprocess.run(
+        [shutil.which(command[0], path=path) or command[0], *map(str, command[1:])],
+        env={**os.environ, "PATH": path},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+    )
+    if done.returncode != 0:
+        words = " ".join(map(str, command))
+        pytest.fail(f"{words} ended with {done.returncode}:\n{done.stdout}", pytrace=False)
+    return done.stdout
+
+
+def build(folder: str, **definitions: str) -> Path:
+    """Configures and builds with CMake in build/<folder>, where only what has changed is compiled again."""
+    target = ROOT / "build" / folder
+    target.mkdir(parents=True, exist_ok=True)
+    with open(target / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # the workers of pytest-xdist build one after another
+        run(
+            "cmake", "-S", ROOT, "-B", target, "-G", "Ninja",
+            f"-DPython3_EXECUTABLE={sys.executable}",
+            f"-DCMAKE_PREFIX_PATH={Path(sys.prefix) / 'catch2/catch2/install'}",
+            *(f"-D{name}={value}" for name, value in definitions.items()),
+        )  # fmt: skip
+        jobs = os.environ.get("MAX_JOBS", len(os.sched_getaffinity(0)))
+        run("cmake", "--build", target, "--parallel", jobs)
+    return target
+
+
+@pytest.fixture(
+    scope="session",
+    params=[
+        "plain",
+        pytest.param("address,undefined", marks=pytest.mark.slow),
+        pytest.param("thread", marks=pytest.mark.slow),
+    ],
+)
+def program(request) -> list[str | Path]:
+    """The command that runs the C++ tests, built."""
+    sanitizer = "" if request.param == "plain" else request.param
+    folder = f"cpp-{sanitizer.replace(',', '-')}" if sanitizer else "cpp"
+    built = build(folder, GALORE_RRF_LIBRARY="OFF", GALORE_RRF_SANITIZE=sanitizer)
+    return [*(unmoved() if sanitizer == "thread" else []), built / "tests/cpp/galore_rrf_tests"]
+
+
+def unmoved() -> list[str]:
+    """A prefix that turns off address randomization, where allowed: ThreadSanitizer fails on much of it."""
+    prefix = ["setarch", "-R"]
+    allowed = shutil.which(prefix[0]) and subprocess.run([*prefix, "true"], check=False).returncode == 0
+    return prefix if allowed else []
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_case(program, case):
+    run(*program, re.sub(r"([\\,\[\]])", r"\\\1", case), "--warn", "NoTests")
+
+
+def test_cases_are_all_listed(program):
+    """Guards against a case that CASES does not see, which would never be run."""
+    command = [*program, "--list-test-names-only"]
+    listed = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False).stdout
+    assert sorted(listed.splitlines()) == sorted(CASES)
+
+
+@pytest.mark.slow
+def test_library_computes_what_the_extension_computes():
+    """Guards against a source missing from csrc/sources.txt and flags that differ from those of setup.py.
+
+    The library links with -Wl,--no-undefined.
+    """
+    call = "print(torch.ops.galore_rrf.gaussian_sketch(7, 33, seed=5).tolist())"
+    library = build("library", GALORE_RRF_TESTS="OFF") / "libgalore_rrf.so"
+    from_library = run(sys.executable, "-c", f"import torch; torch.ops.load_library('{library}'); {call}")
+    from_extension = run(sys.executable, "-c", f"import torch, galore_rrf.ops; {call}")
+    assert from_library == from_extension
