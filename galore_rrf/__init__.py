@@ -2,10 +2,8 @@
 
 from importlib.metadata import version as _version
 
-import torch as _torch
-
 from galore_rrf import ops
-from galore_rrf._C import build_info
+from galore_rrf._binding import build_info
 from galore_rrf.memory import state_bytes
 from galore_rrf.optimizer import GaLoreAdamW
 from galore_rrf.param_groups import param_groups

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from galore_rrf import _C  # noqa: F401  (importing it registers the operators)
+from galore_rrf import _binding  # noqa: F401  (loads the operators)
 
 _ops = torch.ops.galore_rrf
 

@@ -97,8 +97,9 @@ class GaLoreAdamW(AdamW):
         # A copy or an unpickled optimizer has its defaults, but no attribute of ours.
         defaults = getattr(self, "_subspace_defaults", self.defaults)
         keys = {**resolve(param_group, defaults), "schema_version": SCHEMA_VERSION}
-        group = {**self.defaults, **param_group, **keys}
-        _check_group(group)
+        if keys["rank"] is None and param_group.get("tolerance") is not None:
+            raise ValueError("a group with tolerance needs a rank, which is its cap")
+        _check_group({**self.defaults, **param_group, **keys})
         super().add_param_group({**param_group, **keys})
 
     @torch.no_grad()
@@ -185,9 +186,7 @@ class GaLoreAdamW(AdamW):
             if due and not refreshed_in_step(state, options):
                 grad = as_matrices(_grad(p))
                 beta1, beta2 = map(float, group["betas"])
-                projected = refresh(state, -grad if group["maximize"] else grad, options, (beta1, beta2))
-                if projected is not None and group["maximize"]:
-                    projected = -projected
+                projected = refresh(state, grad, options, (beta1, beta2))
                 self._call(group, options, [p], [-1], [projected])
             else:
                 together.append((p, state["refreshes"] if due else -1))

@@ -98,10 +98,13 @@ def _scale(a: Tensor, exponent: int) -> Tensor:
 
 
 def _by_energy(q: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Q U and U^T B, U the left singular vectors of B, and the squared singular values, descending."""
-    energies, vectors = torch.linalg.eigh(b.double() @ b.double().mT)
-    u = vectors.flip(1).to(q.dtype)
-    return q @ u, u.mT @ b, energies.flip(0).clamp(min=0)
+    """Q U and U^T B, U the left singular vectors of B, and the energies: of every row, the squared norm.
+
+    The eigenvalues of B B^T are right to u ||B||^2 only; the energies have to be right far below that.
+    """
+    u = torch.linalg.eigh(b.double() @ b.double().mT)[1].flip(1)
+    rotated = u.mT @ b.double()
+    return q @ u.to(q.dtype), rotated.to(b.dtype), rotated.square().sum(1)
 
 
 def _relative_residual(a: Tensor, q: Tensor, b: Tensor) -> float:
@@ -121,7 +124,7 @@ def _fixed_rank(
     key: int,
     refresh: int,
 ) -> tuple[Tensor, Tensor, float, int]:
-    """Algorithms 4.1 (plain) and 4.4 (power) of Halko, Martinsson, Tropp 2011; half a power step, warm start."""
+    """Algorithms 4.1 (plain) and 4.4 (power) of Halko, Martinsson, Tropp 2011; half a power step."""
     m, n = a.shape
     dtype = _compute_dtype(a)
     largest = float(a.abs().max())
@@ -184,17 +187,14 @@ def range_finder(
         _fixed_rank(x, rank, oversampling, sketch, power, w, ordered, seed, key + i, refresh)
         for i, (x, w) in enumerate(zip(matrices, previous, strict=True))
     ]
-    q, b, residual, status = zip(*found, strict=True)
+    q, b, residual, status = map(list, zip(*found, strict=True))
     kept = rank if coefficients else 0
-    known = [x if coefficients or s == ZERO else math.nan for x, s in zip(residual, status, strict=True)]
+    if not coefficients:
+        residual = [r if code == ZERO else math.nan for r, code in zip(residual, status, strict=True)]
     return (
         torch.stack(q).view(*batch, m, rank),
         torch.stack(b)[:, :kept].view(*batch, kept, n),
-        torch.tensor(
-            [r if coefficients or s == ZERO else math.nan for r, s in zip(residual, status, strict=True)]
-        )
-        .double()
-        .view(batch),
+        torch.tensor(residual, dtype=torch.float64).view(batch),
         torch.tensor(status, dtype=torch.uint8).view(batch),
     )
 
@@ -266,7 +266,7 @@ def _adaptive(
     if trim or q.shape[1] > max_rank:
         q, b, energies = _by_energy(q, b)
         rank = q.shape[1]
-        while rank > 0 and (rank > max_rank or (trim and left + float(energies[rank - 1]) <= threshold)):
+        while rank > max_rank or (trim and rank > 0 and left + float(energies[rank - 1]) <= threshold):
             rank -= 1
             left += float(energies[rank])
         q, b = q[:, :rank], b[:rank]

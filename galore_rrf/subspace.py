@@ -141,8 +141,6 @@ class SubspaceOptions:
         _check_number("scale", self.scale, math.isfinite, "a finite number")
         if self.tolerance is not None:
             _check_number("tolerance", self.tolerance, lambda x: 0 < x < 1, "between 0 and 1, or None")
-            if self.rank is None:
-                raise ValueError("tolerance needs a rank, which is its cap")
             if self.projector != "range_finder" or self.moments != "rotate":
                 raise ValueError(
                     f"tolerance goes with projector='range_finder' and moments='rotate' (ranks change), "

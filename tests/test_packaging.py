@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from galore_rrf._binding import check_torch
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -22,3 +24,10 @@ def test_build_without_torch_names_the_flag(monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)
     with pytest.raises(SystemExit, match="pip install --no-build-isolation"):
         runpy.run_path(str(ROOT / "setup.py"))
+
+
+def test_import_beside_another_torch_says_what_to_do():
+    """Guards against an undefined symbol as the only message."""
+    check_torch(["torch==2.14.*"], "2.14.1+cu130")
+    with pytest.raises(ImportError, match=r"compiled for torch 2\.14, but torch 2\.15\.0 is installed"):
+        check_torch(["torch==2.14.*"], "2.15.0")

@@ -26,7 +26,7 @@ at::Tensor sketch_of(const at::Tensor& rest, const AdaptiveOptions& options, int
   if (options.sketch == Sketch::half_power) {
     const at::Tensor omega = at::empty({rest.size(0), width}, rest.options());
     kernels.fill_sketch(omega, options.key, 0, first);
-    return rest.matmul(inner_basis(rest.mT().matmul(omega)));
+    return rest.matmul(inner_basis_(rest.mT().matmul(omega)));
   }
   const at::Tensor omega = at::empty({rest.size(1), width}, rest.options());
   kernels.fill_sketch(omega, options.key, 0, first);

@@ -35,12 +35,12 @@ class Sketcher {
   // Y (m x width), whose columns span nearly the range of 2^-exponent a.
   at::Tensor operator()(int exponent) const {
     if (options_.sketch == Sketch::half_power || options_.sketch == Sketch::warm) {
-      return step(inner_basis(product(a_.mT(), left_test_matrix(), exponent)), exponent);
+      return step(inner_basis_(product(a_.mT(), left_test_matrix(), exponent)), exponent);
     }
     at::Tensor y = step(test_matrix(a_.size(1), width_, 0), exponent);
     if (options_.sketch == Sketch::power) {
       for (int64_t i = 0; i < options_.power; ++i) {
-        y = step(inner_basis(product(a_.mT(), inner_basis(y), exponent)), exponent);
+        y = step(inner_basis_(product(a_.mT(), inner_basis_(y), exponent)), exponent);
       }
     }
     return y;

@@ -1,7 +1,6 @@
 #include "range_finder/orthonormal.h"
 
 #include <ATen/ops/arange.h>
-#include <ATen/ops/empty.h>
 #include <ATen/ops/geqrf.h>
 #include <ATen/ops/linalg_householder_product.h>
 #include <ATen/ops/linalg_lu_factor_ex.h>
@@ -29,7 +28,7 @@ at::Tensor gram(const at::Tensor& a) {
   return result;
 }
 
-at::Tensor inner_basis(const at::Tensor& panel) {
+at::Tensor inner_basis_(const at::Tensor& panel) {
   const auto [factors, pivots, info] = at::linalg_lu_factor_ex(panel);
   const int64_t width = std::min(panel.size(0), panel.size(1));
   // Row i was exchanged with row pivots[i] - 1, in order: row i of L belongs to row order[i] of the panel.
@@ -37,9 +36,9 @@ at::Tensor inner_basis(const at::Tensor& panel) {
   int64_t* rows = order.mutable_data_ptr<int64_t>();
   const at::Tensor host_pivots = pivots.cpu();
   for (int64_t i = 0; i < width; ++i) std::swap(rows[i], rows[host_pivots.const_data_ptr<int32_t>()[i] - 1]);
-  at::Tensor lower = factors.narrow(1, 0, width).tril(-1);
-  lower.diagonal().fill_(1);
-  return at::empty({panel.size(0), width}, panel.options()).index_copy_(0, order.to(panel.device()), lower);
+  at::Tensor lower = factors.narrow(1, 0, width);
+  lower.tril_(-1).diagonal().fill_(1);
+  return panel.narrow(1, 0, width).index_copy_(0, order.to(panel.device()), lower);
 }
 
 }  // namespace galore_rrf

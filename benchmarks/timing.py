@@ -1,0 +1,26 @@
+"""Timing that a noisy machine cannot bend: everything compared runs in turn, medians are reported."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+
+
+def interleaved(work: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+    """Median milliseconds of each piece of work over `rounds` rounds of all of them, after one unmeasured."""
+    times: dict[str, list[float]] = {name: [] for name in work}
+    for round_ in range(rounds + 1):
+        for name, run in work.items():
+            start = time.perf_counter()
+            run()
+            if round_ > 0:
+                times[name].append(1e3 * (time.perf_counter() - start))
+    return {name: statistics.median(samples) for name, samples in times.items()}
+
+
+def table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    """A Markdown table, aligned for reading in a terminal too."""
+    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+    lines = [header, tuple("-" * w for w in widths), *rows]
+    return "\n".join("| " + " | ".join(c.ljust(w) for c, w in zip(line, widths)) + " |" for line in lines)

@@ -1,0 +1,26 @@
+"""Loads the compiled operators, after a check that they were built for the torch that is here."""
+
+from __future__ import annotations
+
+import re
+from importlib.metadata import requires
+
+import torch
+
+
+def check_torch(requirements: list[str], version: str) -> None:
+    """Raises ImportError where `requirements` pin a torch minor version other than that of `version`."""
+    for requirement in requirements:
+        pinned = re.match(r"torch==(\d+\.\d+)", requirement)
+        if pinned and not version.startswith(pinned[1] + "."):
+            raise ImportError(
+                f"galore_rrf was compiled for torch {pinned[1]}, but torch {version} is installed: "
+                "build it again with `pip install --no-build-isolation .`, or install that torch"
+            )
+
+
+check_torch(requires("galore_rrf") or [], torch.__version__)
+
+from galore_rrf import _C  # noqa: E402  (importing it registers the operators)
+
+build_info = _C.build_info
