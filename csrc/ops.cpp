@@ -73,9 +73,10 @@ at::Tensor gaussian_sketch(int64_t rows, int64_t cols, int64_t seed, int64_t key
   TORCH_CHECK_VALUE(row_offset >= 0 && col_offset >= 0, "Invalid row_offset, col_offset: ", row_offset, ", ",
                     col_offset, " (must not be negative)");
   constexpr int64_t kWords = int64_t{1} << 32;
-  TORCH_CHECK_VALUE(row_offset + rows <= 4 * kWords && col_offset + cols <= kWords,
-                    "the test matrix has at most 2^34 rows and 2^32 columns, got row_offset + rows = ",
-                    row_offset + rows, ", col_offset + cols = ", col_offset + cols);
+  TORCH_CHECK_VALUE(rows <= 4 * kWords && row_offset <= 4 * kWords - rows, "Invalid rows, row_offset: ", rows,
+                    ", ", row_offset, " (their sum must be at most 2^34)");
+  TORCH_CHECK_VALUE(cols <= kWords && col_offset <= kWords - cols, "Invalid cols, col_offset: ", cols, ", ",
+                    col_offset, " (their sum must be at most 2^32)");
   const at::Tensor out = at::empty({rows, cols}, at::TensorOptions().dtype(dtype).device(device));
   TORCH_CHECK_TYPE(at::isFloatingType(out.scalar_type()), "Invalid dtype: ", out.scalar_type(),
                    " (must be torch.float32, float64, bfloat16 or float16)");

@@ -98,13 +98,9 @@ def _scale(a: Tensor, exponent: int) -> Tensor:
 
 
 def _by_energy(q: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Q U and U^T B, U the left singular vectors of B, and the energies: of every row, the squared norm.
-
-    The eigenvalues of B B^T are right to u ||B||^2 only; the energies have to be right far below that.
-    """
-    u = torch.linalg.eigh(b.double() @ b.double().mT)[1].flip(1)
-    rotated = u.mT @ b.double()
-    return q @ u.to(q.dtype), rotated.to(b.dtype), rotated.square().sum(1)
+    """Q U, U^T B and the squared singular values of B, U its left singular vectors (signs are arbitrary)."""
+    u, sigma, _ = torch.linalg.svd(b.double(), full_matrices=False)
+    return q @ u.to(q.dtype), (u.mT @ b.double()).to(b.dtype), sigma.square()
 
 
 def _relative_residual(a: Tensor, q: Tensor, b: Tensor) -> float:

@@ -93,7 +93,7 @@ Status fixed_rank_range_finder(const at::Tensor& a, const FixedRankOptions& opti
     const double largest = largest_magnitude(a);
     if (!std::isfinite(largest)) return Status::nonfinite;
     if (largest == 0) return Status::zero;
-    const int exponent = exponent_of(largest);
+    const int exponent = safe_exponent_of(largest, compute_dtype(a));
     y = Sketcher(a, attempt, warm, width)(exponent);
     if (options.sketch == Sketch::warm && !safe.contains(kernels.squared_norm(y))) {
       attempt.sketch = Sketch::half_power;  // the previous basis is orthogonal to all of a
@@ -120,35 +120,36 @@ Status fixed_rank_range_finder(const at::Tensor& a, const FixedRankOptions& opti
 }
 
 double relative_residual(const at::Tensor& a, const at::Tensor& basis, const at::Tensor& coefficients) {
-  constexpr int64_t kTileEntries = 1 << 16;
-  // Beyond this the rounding of B, a few u ||a||^2, would tell in the difference of norms.
-  constexpr double kCancellation = 1e-3;
+  constexpr int64_t kTileEntries = 1 << 17;
+  // Below this the rounding of B, a few u ||a||^2, would tell in the difference of squared norms.
+  constexpr double kCancellation = 1.0 / 16;
   const double largest = largest_magnitude(a);
   if (largest == 0) return 0;
   const int exponent = -exponent_of(largest);
   const int64_t width = std::max<int64_t>(1, kTileEntries / a.size(0));
 
-  // Adds f(columns of a, columns of B), in fp64 and scaled alike, over tiles of columns.
+  // Adds the squared norm of f(columns of a, columns of B), scaled alike, over tiles of columns.
   const auto sum_over_tiles = [&](const auto& f) {
     double sum = 0;
     for (int64_t start = 0; start < a.size(1); start += width) {
       const int64_t w = std::min(width, a.size(1) - start);
-      const at::Tensor part = a.narrow(1, start, w).to(at::kDouble, false, /*copy=*/true);
-      const at::Tensor kept = coefficients.narrow(1, start, w).to(at::kDouble, false, /*copy=*/true);
-      scale_by_power_(part, exponent);
-      scale_by_power_(kept, exponent);
-      sum += f(part, kept);
+      const auto scaled = [&](const at::Tensor& t) {
+        const at::Tensor part =
+            t.narrow(1, start, w).to(basis.scalar_type(), false, /*copy=*/true).contiguous();
+        scale_by_power_(part, exponent);
+        return part;
+      };
+      sum += kernels_for(a).squared_norm(f(scaled));
     }
     return sum;
   };
-  const auto squared_norm = [](const at::Tensor& t) { return kernels_for(t).squared_norm(t.contiguous()); };
 
-  const double total = sum_over_tiles([&](const auto& part, const auto&) { return squared_norm(part); });
-  double left = total - sum_over_tiles([&](const auto&, const auto& kept) { return squared_norm(kept); });
+  const double total = sum_over_tiles([&](const auto& scaled) { return scaled(a); });
+  double left = total - sum_over_tiles([&](const auto& scaled) { return scaled(coefficients); });
   if (left < kCancellation * total) {
-    const at::Tensor q = basis.to(at::kDouble);
-    left = sum_over_tiles(
-        [&](const auto& part, const auto& kept) { return squared_norm(part.sub(q.matmul(kept))); });
+    left = sum_over_tiles([&](const auto& scaled) {
+      return scaled(a).addmm_(basis, scaled(coefficients), /*beta=*/1, /*alpha=*/-1);
+    });
   }
   return std::sqrt(left / total);
 }

@@ -2,6 +2,7 @@
 
 #include <ATen/ops/linalg_vector_norm.h>
 
+#include <algorithm>
 #include <cmath>
 #include <limits>
 
@@ -13,6 +14,11 @@ double largest_magnitude(const at::Tensor& a) {
 }
 
 int exponent_of(double magnitude) { return std::ilogb(magnitude); }
+
+int safe_exponent_of(double magnitude, at::ScalarType dtype) {
+  const int most = dtype == at::kDouble ? 900 : 100;
+  return std::clamp(exponent_of(magnitude), -most, most);
+}
 
 void scale_by_power_(const at::Tensor& a, int exponent) {
   if (exponent == 0) return;
