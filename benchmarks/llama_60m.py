@@ -73,7 +73,13 @@ def main() -> None:
             [
                 row("step without refresh", ms["ours"], step, ms["peer"], "<= .75"),
                 row("refresh, plain", ms["plain"] - ms["ours"], refresh, ms["peer refresh"], "<= 1/40"),
-                row("refresh, half power", ms["half power"] - ms["ours"], refresh, ms["peer refresh"], "<= 1/25"),
+                row(
+                    "refresh, half power",
+                    ms["half power"] - ms["ours"],
+                    refresh,
+                    ms["peer refresh"],
+                    "<= 1/25",
+                ),
                 row("refresh, warm", ms["warm"] - ms["ours"], refresh, ms["peer refresh"], ""),
                 row("step with refresh, plain", ms["plain"], "without", ms["ours"], "<= 2.2"),
                 row("step with refresh, half power", ms["half power"], "without", ms["ours"], "<= 2.8"),

@@ -35,7 +35,9 @@ def main() -> None:
             "warm": {"update_proj_gap": 1, "sketch": "warm"},
         }.items():
             peak = peak_bytes(stepper(dtype, **keys))
-            rows.append((str(dtype).removeprefix("torch."), name, f"{peak / 2**20:.2f}", f"{peak / long:.1f}"))
+            rows.append(
+                (str(dtype).removeprefix("torch."), name, f"{peak / 2**20:.2f}", f"{peak / long:.1f}")
+            )
     print("\nMemory allocated during a step of the same matrices, one thread, so one matrix in flight\n")
     print(table(("weights", "step", "peak MiB", "in projected gradients"), rows))
     full = HIDDEN * INTERMEDIATE * 4

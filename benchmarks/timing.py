@@ -23,4 +23,6 @@ def table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
     """A Markdown table, aligned for reading in a terminal too."""
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
     lines = [header, tuple("-" * w for w in widths), *rows]
-    return "\n".join("| " + " | ".join(c.ljust(w) for c, w in zip(line, widths)) + " |" for line in lines)
+    return "\n".join(
+        "| " + " | ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)) + " |" for line in lines
+    )

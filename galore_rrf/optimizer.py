@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from difflib import get_close_matches
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim.adamw import AdamW, adamw
+from torch.optim.optimizer import _use_grad_for_differentiable
 from typing_extensions import Unpack
 
 from galore_rrf import checkpoint, ops
@@ -94,6 +95,8 @@ class GaLoreAdamW(AdamW):
         for key in param_group:
             if key not in SubspaceKeys.__annotations__ and _did_you_mean(key):
                 raise ValueError(f"Unknown group key {key!r}{_did_you_mean(key)}")
+        if isinstance(param_group.get("params"), Iterator):  # read here and by torch
+            param_group = {**param_group, "params": list(param_group["params"])}
         # A copy or an unpickled optimizer has its defaults, but no attribute of ours.
         defaults = getattr(self, "_subspace_defaults", self.defaults)
         keys = {**resolve(param_group, defaults), "schema_version": SCHEMA_VERSION}
@@ -102,7 +105,7 @@ class GaLoreAdamW(AdamW):
         _check_group({**self.defaults, **param_group, **keys})
         super().add_param_group({**param_group, **keys})
 
-    @torch.no_grad()
+    @_use_grad_for_differentiable
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One optimization step; returns what `closure` returns.
 
@@ -114,12 +117,16 @@ class GaLoreAdamW(AdamW):
             with torch.enable_grad():
                 loss = closure()
         work = [(group, SubspaceOptions.of(group), *_split(group)) for group in self.param_groups]
-        for group, options, projected, _ in work:
-            _check_gradients(group, options, projected)
+        found_inf = getattr(self, "found_inf", None)
+        if found_inf is None or not bool(found_inf):  # GradScaler skips such a step itself
+            for group, options, projected, _ in work:
+                _check_gradients(group, options, projected)
         if self._unscale([p for _, _, projected, _ in work for p in projected]):
             for group, options, projected, plain in work:
                 self._plain_step(group, plain)
-                self._projected_step(group, options, projected)
+                if projected:
+                    with torch.autocast(projected[0].device.type, enabled=False):
+                        self._projected_step(group, options, projected)
         else:
             for group, _, _, plain in work:
                 self._plain_step(group, plain)
@@ -174,6 +181,7 @@ class GaLoreAdamW(AdamW):
                 p.grad.div_(grad_scale)
         return True
 
+    @torch.no_grad()
     def _projected_step(self, group: dict[str, Any], options: SubspaceOptions, params: list[Tensor]) -> None:
         """Refreshes that change shapes first, a matrix at a time; then all others in one call."""
         if not params:

@@ -95,6 +95,6 @@ def with_rank(params: Any, rank: int | None) -> Any:
             f"rank={rank} projects all of the tensors given, some with a side over 4 times the other, as "
             f"embeddings have, which are better left plain: {', '.join(elongated)}; pass "
             "galore_rrf.param_groups(model, rank) or model.named_parameters() to choose by name",
-            stacklevel=4,
+            stacklevel=3,
         )
     return params

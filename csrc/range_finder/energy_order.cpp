@@ -16,7 +16,8 @@ EnergyOrder energy_order(const at::Tensor& coefficients) {
   const at::Tensor b = exponent == 0 ? coefficients : coefficients.clone();
   scale_by_power_(b, -exponent);
   const auto [ascending, vectors] = at::linalg_eigh(gram(b.mT()));
-  return {ascending.flip(0).clamp_min(0).mul(std::ldexp(1.0, 2 * exponent)), vectors.flip(1).to(coefficients.scalar_type())};
+  return {ascending.flip(0).clamp_min(0).mul(std::ldexp(1.0, 2 * exponent)),
+          vectors.flip(1).to(coefficients.scalar_type())};
 }
 
 }  // namespace galore_rrf
