@@ -1,6 +1,6 @@
 // Every operator: its schema, its argument checks, and the call into the algorithm.
 #include <ATen/ATen.h>
-#include <ATen/core/LegacyTypeDispatch.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
 #include <torch/library.h>
 
@@ -33,6 +33,11 @@ SketchKey sketch_key(int64_t seed, int64_t key, int64_t refresh) {
                     " (must be from 0 to 2^32 - 1)");
   return {static_cast<uint64_t>(seed), static_cast<uint32_t>(key), static_cast<uint32_t>(refresh)};
 }
+
+// Keeps autocast out of the products inside an operator.
+struct NoAutocast {
+  c10::impl::ExcludeDispatchKeyGuard guard{c10::autocast_dispatch_keyset};
+};
 
 void check_matrix(const char* op, const at::Tensor& a) {
   TORCH_CHECK_VALUE(a.dim() >= 2, op, " expects a matrix or a batch of matrices, got ", a.dim(),
@@ -88,6 +93,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> range_finder(
     const at::Tensor& a, int64_t rank, int64_t oversampling, c10::string_view sketch, int64_t power,
     const std::optional<at::Tensor>& warm, bool coefficients, bool ordered, int64_t seed, int64_t key,
     int64_t refresh) {
+  const NoAutocast no_autocast;
   check_matrix("range_finder", a);
   const int64_t m = a.size(-2), n = a.size(-1);
   TORCH_CHECK_VALUE(rank >= 1 && rank <= std::min(m, n), "Invalid rank: ", rank, " (must be from 1 to ",
@@ -141,6 +147,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> range_finder(
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> adaptive_range_finder_op(
     const at::Tensor& a, double tolerance, bool relative, int64_t block, std::optional<int64_t> max_rank,
     c10::string_view method, c10::string_view sketch, bool trim, int64_t seed, int64_t key, int64_t refresh) {
+  const NoAutocast no_autocast;
   check_matrix("adaptive_range_finder", a);
   const int64_t m = a.size(-2), n = a.size(-1), full = std::min(m, n);
   TORCH_CHECK_VALUE(tolerance >= 0 && std::isfinite(tolerance), "Invalid tolerance: ", tolerance,
@@ -205,14 +212,20 @@ void check_parameter(const ProjectedParameter& p, size_t index) {
       p.grad.sizes() == w.sizes() && p.grad.scalar_type() == w.scalar_type() && p.grad.device() == w.device(),
       "gradient and weight differ: ", p.grad.sizes(), " ", p.grad.scalar_type(), " on ", p.grad.device(),
       " and ", w.sizes(), " ", w.scalar_type(), " on ", w.device(), at_index());
+  TORCH_CHECK_VALUE(p.basis.dim() == w.dim(), "Invalid basis: ", p.basis.dim(), " dimensions (must be ",
+                    w.dim(), " as of the weight)", at_index());
+  TORCH_CHECK_TYPE(at::isFloatingType(p.basis.scalar_type()), "Invalid basis: ", p.basis.scalar_type(),
+                   " (must be real floating-point)", at_index());
   const int64_t m = w.size(-2), n = w.size(-1), r = p.basis.size(-1);
   const bool right = p.side == Side::right;
   auto moments = w.sizes().vec(), basis = w.sizes().vec();
   moments[moments.size() - (right ? 1 : 2)] = r;
   basis[basis.size() - 2] = right ? n : m;
   basis[basis.size() - 1] = r;
-  TORCH_CHECK_VALUE(r >= 1 && r <= std::min(m, n), "Invalid rank: ", r, " (must be from 1 to ",
-                    std::min(m, n), ") in a basis of shape ", p.basis.sizes(), at_index());
+  // Without a refresh due, a shard may have fewer rows than the rank.
+  const int64_t most = p.refresh >= 0 && w.numel() > 0 ? std::min(m, n) : right ? n : m;
+  TORCH_CHECK_VALUE(r >= 1 && r <= most, "Invalid rank: ", r, " (must be from 1 to ", most,
+                    ") in a basis of shape ", p.basis.sizes(), at_index());
   TORCH_CHECK_VALUE(p.basis.sizes() == at::IntArrayRef(basis), "Invalid basis: shape ", p.basis.sizes(),
                     " (must be ", at::IntArrayRef(basis), ")", at_index());
   for (const at::Tensor& moment : {p.exp_avg, p.exp_avg_sq}) {
@@ -236,12 +249,15 @@ at::Tensor projected_adamw_op(at::TensorList params, at::TensorList grads, at::T
                               double beta2, double eps, double weight_decay, double scale, bool maximize,
                               c10::string_view arithmetic, c10::string_view sketch, int64_t power,
                               int64_t oversampling, c10::string_view moments, int64_t seed) {
+  const NoAutocast no_autocast;
   const size_t count = params.size();
   for (const size_t size : {grads.size(), exp_avgs.size(), exp_avg_sqs.size(), bases.size(), steps.size(),
                             coefficients.size(), sides.size(), keys.size(), refreshes.size()}) {
     TORCH_CHECK_VALUE(size == count, "projected_adamw_ expects lists of one length, got ", size, " and ",
                       count);
   }
+  TORCH_CHECK_VALUE(oversampling >= 0, "Invalid oversampling: ", oversampling, " (must not be negative)");
+  TORCH_CHECK_VALUE(power >= 0, "Invalid power: ", power, " (must not be negative)");
   std::vector<ProjectedParameter> parameters(count);
   for (size_t i = 0; i < count; ++i) {
     sketch_key(seed, keys[i], std::max<int64_t>(refreshes[i], 0));
@@ -272,6 +288,12 @@ at::Tensor projected_adamw_op(at::TensorList params, at::TensorList grads, at::T
                         .oversampling = oversampling,
                         .moments = moments_from_name({moments.data(), moments.size()}),
                         .seed = static_cast<uint64_t>(seed)});
+  // The work is done below autograd, which must still see that these have changed.
+  for (const at::TensorList list : {params, exp_avgs, exp_avg_sqs, bases, steps}) {
+    for (const at::Tensor& t : list) {
+      if (!t.is_inference()) t.unsafeGetTensorImpl()->bump_version();
+    }
+  }
   const at::Tensor result = at::empty({static_cast<int64_t>(count)}, at::kByte);
   std::transform(outcomes.begin(), outcomes.end(), result.mutable_data_ptr<uint8_t>(),
                  [](Outcome outcome) { return static_cast<uint8_t>(outcome); });
@@ -282,6 +304,7 @@ std::tuple<at::Tensor, at::Tensor> rotate_moments(const at::Tensor& exp_avg, con
                                                   const at::Tensor& basis, const at::Tensor& new_basis,
                                                   int64_t side, double bias_correction1,
                                                   double bias_correction2) {
+  const NoAutocast no_autocast;
   const bool right = side_from_int(side) == Side::right;
   TORCH_CHECK_VALUE(exp_avg.dim() >= 2 && exp_avg.sizes() == exp_avg_sq.sizes(),
                     "exp_avg and exp_avg_sq must be matrices of one shape, got ", exp_avg.sizes(), " and ",
@@ -292,6 +315,10 @@ std::tuple<at::Tensor, at::Tensor> rotate_moments(const at::Tensor& exp_avg, con
   TORCH_CHECK_VALUE(new_basis.dim() == basis.dim() && new_basis.size(-2) == basis.size(-2),
                     "Invalid new_basis: shape ", new_basis.sizes(), " (must have as many rows as basis, ",
                     basis.sizes(), ")");
+  const auto stack = [](const at::Tensor& t) { return t.sizes().slice(0, t.dim() - 2); };
+  TORCH_CHECK_VALUE(stack(basis) == stack(exp_avg) && stack(new_basis) == stack(exp_avg),
+                    "basis, new_basis and moments must be stacks of one shape, got ", stack(basis), ", ",
+                    stack(new_basis), " and ", stack(exp_avg));
   const Batch mean(exp_avg), square(exp_avg_sq), old_q(basis), new_q(new_basis);
   auto shape = mean.matrices.sizes().vec();
   shape[right ? 2 : 1] = new_basis.size(-1);
@@ -343,13 +370,16 @@ namespace {
 void implement(torch::Library& m) {
   m.impl("range_finder", range_finder);
   m.impl("adaptive_range_finder", adaptive_range_finder_op);
-  m.impl("projected_adamw_", projected_adamw_op);
   m.impl("rotate_moments", rotate_moments);
 }
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(galore_rrf, CompositeExplicitAutograd, m) { m.impl("gaussian_sketch", gaussian_sketch); }
+// Without a tensor among the arguments, or perhaps none in the lists, no backend's key is there to go by.
+TORCH_LIBRARY_IMPL(galore_rrf, CompositeExplicitAutograd, m) {
+  m.impl("gaussian_sketch", gaussian_sketch);
+  m.impl("projected_adamw_", projected_adamw_op);
+}
 TORCH_LIBRARY_IMPL(galore_rrf, CPU, m) { implement(m); }
 TORCH_LIBRARY_IMPL(galore_rrf, CUDA, m) { implement(m); }
 

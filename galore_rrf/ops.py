@@ -245,9 +245,16 @@ def _(a: Tensor, rank: int, *, coefficients: bool = True, **_: Any) -> tuple[Ten
 
 @torch.library.register_fake("galore_rrf::adaptive_range_finder")
 def _(
-    a: Tensor, tolerance: float, *, block: int = 64, max_rank: int | None = None, **_: Any
+    a: Tensor,
+    tolerance: float,
+    *,
+    block: int = 64,
+    max_rank: int | None = None,
+    sketch: str = "plain",
+    **_: Any,
 ) -> tuple[Tensor, ...]:
     *batch, m, n = a.shape
+    block = min(block, n) if sketch == "half_power" else block
     full = min(m, n)
     cap = full if max_rank is None else min(full, max_rank)
     columns = min(m, n + 16) if m > n and cap == n else cap

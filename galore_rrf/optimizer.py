@@ -87,6 +87,8 @@ class GaLoreAdamW(AdamW):
             fused=fused,
         )
         self.defaults.update(self._subspace_defaults)
+        if subspace.get("tolerance") is not None and all(g["rank"] is None for g in self.param_groups):
+            raise ValueError("tolerance needs a rank, which is its cap")
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group, its subspace keys completed by its preset and the optimizer's defaults."""

@@ -128,7 +128,7 @@ def layout(a: Tensor, name: str) -> Tensor:
 
 
 def norm(a: Tensor) -> float:
-    """The Frobenius norm in fp64: without overflow, and by torch's cascade sum, right to a few u also for fp64."""
+    """The Frobenius norm, without overflow; by torch's cascade sum, right to a few u of fp64."""
     a = a.double()
     largest = float(a.abs().max()) if a.numel() else 0.0
     return largest * math.sqrt(float((a / largest).square().sum())) if largest else 0.0

@@ -47,7 +47,7 @@ def options_for(name: str, a: torch.Tensor, rank: int) -> dict:
 
 def check(a, q, b, residual, status, u):
     """Assertions 1, 3, 4, 8 of the specification for every matrix of a batch whose entries are finite."""
-    m, n = a.shape[-2:]
+    n = a.shape[-1]
     assert q.dtype == b.dtype == (torch.float64 if a.dtype == torch.float64 else torch.float32)
     assert residual.dtype == torch.float64
     assert status.dtype == torch.uint8
@@ -56,7 +56,9 @@ def check(a, q, b, residual, status, u):
     assert residual.shape == status.shape == a.shape[:-2]
     assert (status == CONVERGED).all()
     assert_orthonormal(q, u)
-    batches = zip(*(t.double().cpu().reshape(-1, *t.shape[-2:]) for t in (a, q, b)), residual.flatten(), strict=True)
+    batches = zip(
+        *(t.double().cpu().reshape(-1, *t.shape[-2:]) for t in (a, q, b)), residual.flatten(), strict=True
+    )
     for x, y, z, r in batches:
         size = norm(x)
         assert norm(z - y.mT @ x) <= 64 * u * size
@@ -69,12 +71,12 @@ def check(a, q, b, residual, status, u):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", SKETCHES)
 @pytest.mark.parametrize(
-    "shape, rank",
+    ("shape", "rank"),
     [((48, 48), 12), ((40, 96), 8), ((96, 40), 8), ((37, 53), 36), ((53, 37), 36), ((1, 30), 1), ((30, 1), 1),
      ((1, 1), 1), ((37, 53), 37), ((2, 3, 20, 17), 5), ((5, 17, 20), 5), ((1, 9, 700), 4), ((700, 9), 4)],
 )  # fmt: skip
 def test_bounds(device, shape, rank, name, dtype):
-    """Guards against a basis, coefficients or residual outside the bounds, for any shape, sketch and dtype."""
+    """Guards against a basis, coefficients or residual outside the bounds, for any shape, sketch or dtype."""
     a = torch.randn(shape, dtype=torch.float64, generator=generator(1)).to(device, dtype)
     before = a.clone()
     check(a, *range_finder(a, rank, seed=2, **options_for(name, a, rank)), UNIT_ROUNDOFF[dtype])
@@ -117,16 +119,19 @@ def test_expanded(device, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("tail", [1e-1, 3e-2, 1e-3, 1e-6])
 def test_small_residuals(device, tail, dtype):
-    """Guards against a residual taken from a difference of norms, which loses all digits where it is small."""
+    """Guards against a residual from a difference of norms, which loses all digits where it is small."""
     values = torch.cat([torch.ones(10), torch.full((30,), tail)])
     a = with_spectrum(40, 75, values).to(device, dtype)
     q, b, residual, _ = range_finder(a, 10, sketch="power", power=2)
-    assert abs(float(residual) - norm(a.double() - q.double() @ b.double()) / norm(a)) <= 64 * UNIT_ROUNDOFF[dtype]
+    assert (
+        abs(float(residual) - norm(a.double() - q.double() @ b.double()) / norm(a))
+        <= 64 * UNIT_ROUNDOFF[dtype]
+    )
     assert float(residual) == pytest.approx(tail * math.sqrt(3), rel=0.05)
 
 
 @pytest.mark.parametrize("name", SKETCHES)
-@pytest.mark.parametrize("shape, rank", [((30, 42), 7), ((42, 30), 7), ((2, 16, 16), 4)])
+@pytest.mark.parametrize(("shape", "rank"), [((30, 42), 7), ((42, 30), 7), ((2, 16, 16), 4)])
 def test_basis_is_that_of_the_reference(device, same_sketch, shape, rank, name):
     """Guards against any departure from the formulae, the order of the columns included.
 
@@ -192,11 +197,15 @@ def test_plain_meets_theorem_10_5(device):
 
 def ratio(a, rank, seeds=8, **options):
     best = float(tails(a.double().cpu())[rank]) / norm(a)
-    return sum(projection_error(a, range_finder(a, rank, seed=s, **options)[0]) for s in range(seeds)) / seeds / best
+    return (
+        sum(projection_error(a, range_finder(a, rank, seed=s, **options)[0]) for s in range(seeds))
+        / seeds
+        / best
+    )
 
 
 def test_quality_by_sketch(device):
-    """Guards against a power step left out or done without orthogonalising: measured 1.6, 1.16, 1.06, 1.02."""
+    """Guards against a power step left out or not orthogonalised: measured 1.6, 1.16, 1.06, 1.02."""
     a = with_spectrum(128, 320, (1 + torch.arange(128)) ** -0.5).float().to(device)
     plain, half = ratio(a, 32, sketch="plain"), ratio(a, 32)
     power, twice = ratio(a, 32, sketch="power"), ratio(a, 32, sketch="power", power=2)
@@ -257,7 +266,7 @@ def test_rank_deficient(device, name, dtype):
 
 @pytest.mark.parametrize("name", SKETCHES)
 @pytest.mark.parametrize(
-    "dtype, factor",
+    ("dtype", "factor"),
     [(torch.float32, 1e30), (torch.float32, 1e-30), (torch.float32, 2.0**100), (torch.float32, 2.0**-100),
      (torch.float32, 1e-36), (torch.float32, 2.0**124), (torch.float64, 1e200), (torch.float64, 1e-200),
      (torch.float64, 1e300), (torch.float64, 1e-300), (torch.bfloat16, 1e30), (torch.bfloat16, 1e-30)],
@@ -276,7 +285,7 @@ def test_extreme_scales(device, name, dtype, factor):
 
 @pytest.mark.parametrize("name", SKETCHES)
 @pytest.mark.parametrize(
-    "dtype, unit",
+    ("dtype", "unit"),
     [(torch.float32, 1e-39), (torch.float32, 1e-42), (torch.float64, 1e-310), (torch.bfloat16, 1e-39),
      (torch.float16, 1e-6)],
 )  # fmt: skip
@@ -308,7 +317,7 @@ def test_zero(device, name, dtype):
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("place", [(0, 0), (8, 13), (4, 6)])
 def test_nonfinite(device, name, dtype, value, place):
-    """Guards against a basis from NaN or Inf: status 4, and the other matrices of the batch are not touched."""
+    """Guards against a basis from NaN or Inf, and other matrices of the batch that suffer for it."""
     a = torch.randn(2, 9, 14, generator=generator(3)).to(device, dtype)
     a[0][place] = value
     q, b, residual, status = range_finder(a, 4, **options_for(name, a, 4))
@@ -340,7 +349,7 @@ def test_ordered_by_energy(device, options):
 
 
 @pytest.mark.parametrize(
-    "error, message, shape, arguments",
+    ("error", "message", "shape", "arguments"),
     [
         (ValueError, "dimensions", (4,), {}),
         (ValueError, "at least one row", (0, 4), {}),

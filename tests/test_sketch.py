@@ -1,5 +1,6 @@
 """gaussian_sketch: the test matrix is one pure function of position, and its numbers are normal."""
 
+import itertools
 import math
 
 import pytest
@@ -11,7 +12,7 @@ from galore_rrf.ops import gaussian_sketch
 ULP = 2.0**-23
 
 
-@pytest.mark.parametrize("rows, cols", [(1, 1), (3, 5), (4, 513), (129, 64), (1000, 37)])
+@pytest.mark.parametrize(("rows", "cols"), [(1, 1), (3, 5), (4, 513), (129, 64), (1000, 37)])
 def test_same_bits_for_every_thread_count(device, threads, rows, cols):
     """Guards against a stream that depends on how threads share the work."""
     results = []
@@ -27,8 +28,8 @@ def test_pieces_assemble_to_the_whole(device, dtype):
     """Guards against numbers that depend on the block they are made in: odd offsets, strips cut anywhere."""
     whole = gaussian_sketch(43, 1201, seed=5, key=2, refresh=3, dtype=dtype, device=device)
     rows, cols = [0, 1, 4, 11, 12, 43], [0, 3, 515, 516, 1201]
-    for i, j in zip(rows, rows[1:], strict=False):
-        for k, n in zip(cols, cols[1:], strict=False):
+    for i, j in itertools.pairwise(rows):
+        for k, n in itertools.pairwise(cols):
             piece = gaussian_sketch(
                 j - i, n - k, seed=5, key=2, refresh=3, row_offset=i, col_offset=k, dtype=dtype, device=device
             )
@@ -149,7 +150,7 @@ def test_global_generator_is_left_alone(device):
 
 
 @pytest.mark.parametrize(
-    "name, value",
+    ("name", "value"),
     [
         ("rows", -1), ("cols", -1), ("seed", -1), ("key", -1), ("key", 2**32), ("refresh", -1),
         ("refresh", 2**32), ("row_offset", -1), ("col_offset", -1), ("row_offset", 2**34),

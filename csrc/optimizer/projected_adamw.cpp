@@ -60,7 +60,7 @@ class Step {
     Outcome outcome = Outcome::stepped;
     if (x.coefficients.defined()) {
       projected.copy_(x.coefficients);
-      outcome = Outcome::refreshed;
+      outcome = finite(projected) ? Outcome::refreshed : Outcome::skipped;
     } else {
       outcome = project(x, projected);
     }

@@ -51,6 +51,11 @@ int64_t column_cap(int64_t m, int64_t n, int64_t max_rank) {
   return m > n && max_rank == n ? std::min(m, n + kTallExtra) : max_rank;
 }
 
+// The inner factor of half a power step has n rows, so no more columns than that.
+int64_t block_width(int64_t n, const AdaptiveOptions& options) {
+  return options.sketch == Sketch::half_power ? std::min(options.block, n) : options.block;
+}
+
 // The smallest rank whose discarded energy, with what no block has kept, stays within the threshold.
 int64_t trimmed_rank(const at::Tensor& energies, double& left, double threshold) {
   const double* energy = energies.const_data_ptr<double>();
@@ -64,7 +69,8 @@ int64_t trimmed_rank(const at::Tensor& energies, double& left, double threshold)
 double tolerance_floor(at::ScalarType dtype) { return 200 * (dtype == at::kDouble ? 0x1p-53 : 0x1p-24); }
 
 int64_t max_adaptive_blocks(int64_t m, int64_t n, const AdaptiveOptions& options) {
-  return (column_cap(m, n, options.max_rank) + options.block - 1) / options.block;
+  const int64_t block = block_width(n, options);
+  return (column_cap(m, n, options.max_rank) + block - 1) / block;
 }
 
 AdaptiveResult adaptive_range_finder(const at::Tensor& a, const AdaptiveOptions& options) {
@@ -97,7 +103,7 @@ AdaptiveResult adaptive_range_finder(const at::Tensor& a, const AdaptiveOptions&
   int64_t rank = 0;
   double left = norm2;
   const auto add_block = [&] {
-    const int64_t width = std::min(options.block, cap - rank);
+    const int64_t width = std::min(block_width(n, options), cap - rank);
     at::Tensor rest = work.narrow(0, rank, m - rank);
     reflectors.push_back(panel_qr(sketch_of(rest, options, rank, width)));
     apply_block_reflector_(reflectors.back(), rest, /*transpose=*/true);
@@ -114,7 +120,8 @@ AdaptiveResult adaptive_range_finder(const at::Tensor& a, const AdaptiveOptions&
   at::Tensor b = work.narrow(0, 0, rank);
   if ((options.trim && within) || rank > options.max_rank) {
     const EnergyOrder order = energy_order(b);
-    int64_t kept = options.trim && within ? trimmed_rank(order.energies, left, threshold) : rank;
+    int64_t kept =
+        options.trim && within ? trimmed_rank(order.energies, left, threshold) : order.energies.size(0);
     for (; kept > options.max_rank; --kept) left += order.energies.const_data_ptr<double>()[kept - 1];
     const at::Tensor rotation = order.rotation.narrow(1, 0, kept);
     q = q.matmul(rotation);
@@ -124,9 +131,10 @@ AdaptiveResult adaptive_range_finder(const at::Tensor& a, const AdaptiveOptions&
   }
   scale_by_power_(b, exponent);
 
-  const Status status = left <= threshold                         ? Status::converged
-                        : tau < tolerance_floor(compute_dtype(a)) ? Status::floor
-                                                                  : Status::rank_cap;
+  // Below the floor nobody can tell, even where the last rows have run out and nothing seems left.
+  const Status status = tau < tolerance_floor(compute_dtype(a)) ? Status::floor
+                        : left <= threshold                     ? Status::converged
+                                                                : Status::rank_cap;
   return {q, b, std::sqrt(left / norm2), std::move(residuals), status};
 }
 

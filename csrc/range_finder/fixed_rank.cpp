@@ -85,6 +85,8 @@ Status fixed_rank_range_finder(const at::Tensor& a, const FixedRankOptions& opti
                                const at::Tensor& basis, const at::Tensor& coefficients) {
   const Kernels& kernels = kernels_for(a);
   const int64_t width = std::min(options.rank + options.oversampling, std::min(a.size(0), a.size(1)));
+  TORCH_CHECK_VALUE(width >= options.rank, "Invalid rank: ", options.rank, " (must be from 1 to ", width,
+                    ", the smaller side of a ", a.size(0), " x ", a.size(1), " matrix)");
   const SafeRange safe = safe_range(compute_dtype(a));
 
   FixedRankOptions attempt = options;

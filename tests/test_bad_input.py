@@ -1,0 +1,364 @@
+"""What makes no sense is an error that says so, and leaves everything as it was."""
+
+import copy
+import math
+
+import pytest
+import torch
+from torch.optim import AdamW
+from training import KINDS, bias, check_state, gradient, optimizer, params_of, same, snapshot, train, weight
+
+from galore_rrf import GaLoreAdamW
+
+# --- Arguments ----------------------------------------------------------------------------------------
+
+REFUSED = {
+    "rank_zero": ({"rank": 0}, ValueError, r"Invalid rank: 0 \(must be a positive integer or None\)"),
+    "rank_negative": ({"rank": -3}, ValueError, r"Invalid rank: -3"),
+    "rank_float": ({"rank": 4.0}, TypeError, r"Invalid rank: 4\.0 \(must be a positive integer or None\)"),
+    "rank_bool": ({"rank": True}, TypeError, r"Invalid rank: True"),
+    "rank_str": ({"rank": "4"}, TypeError, r"Invalid rank: '4'"),
+    "gap_zero": ({"update_proj_gap": 0}, ValueError, r"Invalid update_proj_gap: 0"),
+    "gap_float": ({"update_proj_gap": 2.0}, TypeError, r"Invalid update_proj_gap: 2\.0"),
+    "gap_bool": ({"update_proj_gap": True}, TypeError, r"Invalid update_proj_gap: True"),
+    "gap_none": ({"update_proj_gap": None}, TypeError, r"Invalid update_proj_gap: None"),
+    "power": ({"power": -1}, ValueError, r"Invalid power: -1"),
+    "oversampling": ({"oversampling": -1}, ValueError, r"Invalid oversampling: -1"),
+    "seed_negative": ({"seed": -1}, ValueError, r"Invalid seed: -1"),
+    "seed_large": ({"seed": 2**63}, ValueError, r"Invalid seed: 9223372036854775808"),
+    "seed_none": ({"seed": None}, TypeError, r"Invalid seed: None"),
+    "scale_nan": ({"scale": math.nan}, ValueError, r"Invalid scale: nan"),
+    "scale_inf": ({"scale": math.inf}, ValueError, r"Invalid scale: inf"),
+    "scale_str": ({"scale": "1"}, TypeError, r"Invalid scale: '1'"),
+    "projector": ({"projector": "qr"}, ValueError, r"Invalid projector: 'qr' .*'range_finder', 'svd'"),
+    "proj_type": ({"proj_type": "full"}, ValueError, r"Invalid proj_type: 'full' .*'std', 'reverse_std'"),
+    "sketch": ({"sketch": "cold"}, ValueError, r"Invalid sketch: 'cold' .*'warm'"),
+    "moments": ({"moments": "forget"}, ValueError, r"Invalid moments: 'forget' .*'rotate', 'keep'"),
+    "arithmetic": ({"arithmetic": "jax"}, ValueError, r"Invalid arithmetic: 'jax' .*'torch'"),
+    "nonfinite": ({"nonfinite": "ignore"}, ValueError, r"Invalid nonfinite: 'ignore' .*'skip', 'raise'"),
+    "preset": ({"preset": "fast"}, ValueError, r"Invalid preset: 'fast' .*'default', 'published'"),
+    "tolerance_zero": ({"tolerance": 0.0}, ValueError, r"Invalid tolerance: 0\.0"),
+    "tolerance_one": ({"tolerance": 1.0}, ValueError, r"Invalid tolerance: 1\.0"),
+    "tolerance_nan": ({"tolerance": math.nan}, ValueError, r"Invalid tolerance: nan"),
+    "tolerance_str": ({"tolerance": "0.1"}, TypeError, r"Invalid tolerance: '0\.1'"),
+    "tolerance_without_rank": ({"rank": None, "tolerance": 0.1}, ValueError, "tolerance needs a rank"),
+    "tolerance_svd": ({"tolerance": 0.1, "projector": "svd"}, ValueError, "tolerance goes with"),
+    "tolerance_keep": ({"tolerance": 0.1, "moments": "keep"}, ValueError, "tolerance goes with"),
+    "unhashable": ({"sketch": ["warm"]}, (ValueError, TypeError), r"Invalid sketch: \['warm'\]"),
+}
+
+
+@pytest.mark.parametrize(("keys", "kind", "message"), REFUSED.values(), ids=REFUSED)
+@pytest.mark.parametrize("where", ["group", "constructor", "add_param_group"])
+def test_invalid_keys_name_argument_value_and_what_is_allowed(keys, kind, message, where):
+    """Guards against an option that is accepted here and fails, or does nothing, in the middle of a run."""
+    keys = {"rank": 4, **keys}
+    w = weight("default")
+    if where == "add_param_group":
+        opt = GaLoreAdamW([bias()])
+        before = snapshot(opt)
+        with pytest.raises(kind, match=message):
+            opt.add_param_group({"params": [w], **keys})
+        assert same(snapshot(opt), before)
+    elif where == "group":
+        with pytest.raises(kind, match=message):
+            GaLoreAdamW([{"params": [w], **keys}])
+    elif keys["rank"] is not None:  # there the groups may bring it
+        with pytest.raises(kind, match=message):
+            GaLoreAdamW([w], **keys)
+
+
+@pytest.mark.parametrize(
+    ("key", "meant"), [("update_proj_gaps", "update_proj_gap"), ("ranks", "rank"), ("sketsh", "sketch")]
+)
+def test_misspelled_keys_are_refused(key, meant):
+    """Guards against a misspelled option that is silently ignored."""
+    with pytest.raises(TypeError, match=f"{key}.*did you mean '{meant}'"):
+        GaLoreAdamW([weight("default")], **{key: 3})
+    with pytest.raises(ValueError, match=f"{key}.*did you mean '{meant}'"):
+        GaLoreAdamW([{"params": [weight("default")], "rank": 4, key: 3}])
+
+
+def test_unknown_keyword_is_a_type_error_and_unknown_group_keys_are_kept():
+    """Guards against swallowed keywords; groups may carry keys of the user's own."""
+    with pytest.raises(TypeError, match="colour"):
+        GaLoreAdamW([weight("default")], colour="red")
+    assert GaLoreAdamW([{"params": [weight("default")], "note": "mine"}]).param_groups[0]["note"] == "mine"
+
+
+@pytest.mark.parametrize("option", ["amsgrad", "differentiable"])
+@pytest.mark.parametrize("where", ["group", "constructor"])
+def test_what_projected_groups_cannot_do_is_refused(option, where):
+    """Guards against amsgrad or differentiable being ignored where a group is projected."""
+    group = {"params": [weight("default")], "rank": 4}
+    with pytest.raises(ValueError, match=f"Invalid {option}: True"):
+        GaLoreAdamW([{**group, option: True}]) if where == "group" else GaLoreAdamW([group], **{option: True})
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        *({"lr": -1.0}, {"betas": (1.0, 0.9)}, {"betas": (0.9, -0.1)}, {"eps": -1.0}, {"weight_decay": -1.0}),
+        *({"foreach": True, "fused": True}, {"lr": torch.tensor(0.1), "foreach": True}),
+        {"lr": torch.ones(2)},
+    ],
+    ids=str,
+)
+def test_torchs_own_errors_are_torchs(options):
+    """Guards against another exception, or none, for what torch.optim.AdamW refuses."""
+    with pytest.raises((ValueError, RuntimeError)) as theirs:
+        AdamW([bias()], **options)
+    with pytest.raises((ValueError, RuntimeError)) as ours:
+        GaLoreAdamW([bias()], **options)
+    assert (type(ours.value), str(ours.value)) == (type(theirs.value), str(theirs.value))
+
+
+PARAMS = {
+    "empty": lambda: [],
+    "empty_group": lambda: [{"params": []}],
+    "empty_iterator": lambda: iter(()),
+    "tensor": lambda: bias(),
+    "none": lambda: None,
+    "number": lambda: 3,
+    "numbers": lambda: [1, 2],
+    "set": lambda: {bias()},
+    "group_with_set": lambda: [{"params": {bias(), weight("default")}}],
+    "group_without_params": lambda: [{"lr": 0.1}],
+    "non_leaf": lambda: [bias() * 2],
+    "twice_in_groups": lambda: [{"params": [p]} for p in [bias()] * 2],
+    "generator": lambda: (bias() for _ in range(2)),
+    "mixed_names": lambda: [("a", bias()), bias()],
+}
+
+
+@pytest.mark.parametrize("rank", [None, 4])
+@pytest.mark.parametrize("params", PARAMS.values(), ids=PARAMS)
+def test_odd_params_do_as_with_torch_adamw(params, rank):
+    """Guards against other errors than torch's for params it refuses, and refusals of what it takes.
+
+    With a rank there may be another message, as of the rule by names; never acceptance of what torch refuses.
+    """
+
+    def outcome(make):
+        try:
+            return make().param_groups[0]["params"] is None
+        except (TypeError, ValueError, KeyError, RuntimeError) as error:
+            return type(error)
+
+    theirs = outcome(lambda: AdamW(params()))
+    ours = outcome(lambda: GaLoreAdamW(params(), rank=rank))
+    if rank is None:
+        assert ours == theirs
+    else:
+        assert isinstance(ours, type) == isinstance(theirs, type)
+
+
+@pytest.mark.parametrize("shape", [(0,), (0, 5), (5, 0), (0, 8, 8), (3, 0, 8), (0, 3, 3, 3)], ids=str)
+def test_empty_tensors_are_trained_as_torch_does(shape):
+    """Guards against a division by no entries; mixture-of-experts layers can be empty on a rank."""
+    p, w = torch.nn.Parameter(torch.zeros(shape)), weight("default")
+    opt = GaLoreAdamW([{"params": [p, w], "rank": 4}])
+    for step in range(3):
+        p.grad, w.grad = torch.zeros(shape), gradient(tuple(w.shape), step)
+        opt.step()
+    assert opt.state[w]["step"].item() == 3
+    assert opt.state[p]["exp_avg"].shape == p.shape
+
+
+# --- Parameters and gradients of other kinds ----------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128])
+@pytest.mark.parametrize("named", [False, True])
+def test_complex_matrices_are_refused_where_projected(dtype, named):
+    """Guards against projecting the real part of what torch.optim.AdamW treats as pairs."""
+    p = torch.nn.Parameter(torch.zeros(8, 8, dtype=dtype))
+    with pytest.raises(TypeError, match="w.*complex" if named else "parameter 0.*complex"):
+        GaLoreAdamW([{"params": [("w", p) if named else p], "rank": 4}])
+    GaLoreAdamW([{"params": [p], "rank": 8}])  # plain: nothing to project
+
+
+@pytest.mark.parametrize("rank", [None, 4])
+def test_sparse_gradients_are_refused(rank):
+    """Guards against a sparse gradient read as a dense one; torch.optim.AdamW refuses them too."""
+    w, v = weight("default"), weight("default")
+    opt = GaLoreAdamW([{"params": [("v", v), ("w", w)], "rank": rank}])
+    train(opt, [v, w], [0])
+    v.grad, w.grad = gradient(tuple(v.shape), 1), gradient(tuple(w.shape), 1).to_sparse()
+    before = snapshot(opt)
+    with pytest.raises(RuntimeError, match="sparse"):
+        opt.step()
+    assert same(snapshot(opt)[0], before[0])
+    if rank is not None:
+        assert same(snapshot(opt), before)
+
+
+@pytest.mark.parametrize("mismatch", ["shape", "dtype"])
+def test_gradient_unlike_its_parameter_is_refused(mismatch):
+    """Guards against reading a gradient past its end, or as another type, after `p.data` was replaced."""
+    w, b = weight("default"), bias()
+    opt = optimizer("default", w, b)
+    train(opt, [w, b], range(2))
+    train_gradient = gradient((24, 16), 2)
+    w.grad, b.grad = train_gradient, torch.ones_like(b)
+    w.data = torch.ones(25, 16) if mismatch == "shape" else w.data.double()
+    before = snapshot(opt)
+    with pytest.raises(ValueError, match="gradient of w"):
+        opt.step()
+    assert same(snapshot(opt), before)
+
+
+# --- Gradients that are zero or not finite ------------------------------------------------------------
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize(("kind", "when"), [(k, w) for k in KINDS for w in (0, 2, 4)] + [("published", 50)])
+def test_nonfinite_gradient_is_skipped_and_others_proceed(kind, when, value):
+    """Guards against one bad entry that poisons a weight, its moments or its neighbours."""
+    w, b = weight(kind), bias()
+    other = weight("default")
+    opt = optimizer(kind, w, b)
+    opt.add_param_group({"params": [("other", other)], "rank": 4})
+    train(opt, [w, b, other], range(when))
+    known = bool(opt.state[w])
+    before = w.detach().clone(), {k: copy.deepcopy(v) for k, v in opt.state[w].items()}
+    beside = b.detach().clone(), other.detach().clone()
+    for _ in range(2):
+        for p in (w, b, other):
+            p.grad = gradient(tuple(p.shape), when, p.dtype)
+        bad = w.grad if w.dim() == 3 else w.grad[None]
+        bad.flatten(1)[:, 17] = value  # in every matrix of a stack
+        opt.step()
+        assert same(w.detach(), before[0])
+        if known:
+            assert same(dict(opt.state[w]), before[1])
+        check_state(w, opt.state[w], 6)
+        assert not same(b.detach(), beside[0])
+        assert not same(other.detach(), beside[1])
+    refreshes = opt.state[w]["refreshes"]
+    train(opt, [w, b, other], [when])
+    assert not same(w.detach(), before[0])
+    gap = opt.param_groups[0]["update_proj_gap"]
+    assert opt.state[w]["refreshes"] == refreshes + (when % gap == 0)
+    assert opt.state[w]["step"].item() == when + 1
+
+
+def test_nonfinite_matrix_of_a_stack_leaves_the_others_alone():
+    """Guards against one expert's NaN stopping the rest of the stack."""
+    for kind in ("stack", "stack_tolerance"):
+        w, b = weight(kind), bias()
+        opt = optimizer(kind, w, b)
+        train(opt, [w, b], range(2))
+        for step in range(2, 5):
+            before = w.detach().clone()
+            old = opt.state[w]["exp_avg"].clone(), opt.state[w]["exp_avg_sq"].clone()
+            w.grad = gradient(tuple(w.shape), step)
+            w.grad[1, 2, 3] = math.nan
+            opt.step()
+            assert same(w[1].detach(), before[1])
+            assert same(opt.state[w]["exp_avg"][1], old[0][1])
+            assert same(opt.state[w]["exp_avg_sq"][1], old[1][1])
+            assert not torch.equal(w[0], before[0])
+            assert not torch.equal(w[2], before[2])
+            check_state(w, opt.state[w], 6)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("steps", [0, 2])
+def test_nonfinite_raise_writes_nothing_anywhere(value, steps):
+    """Guards against a step that is half taken when it raises, in plain groups and earlier ones too."""
+    a, w, b = weight("default"), weight("default"), bias()
+    group = {"params": [("a", a), ("w", w)], "rank": 4, "nonfinite": "raise"}
+    opt = GaLoreAdamW([{"params": [("b", b)]}, group])
+    train(opt, [a, w, b], range(steps))
+    for p in (a, w, b):
+        p.grad = gradient(tuple(p.shape), steps)
+    w.grad[3, 3] = value
+    before, grads = snapshot(opt), [p.grad.clone() for p in (a, w, b)]
+    with pytest.raises(FloatingPointError, match="gradient of w is not finite"):
+        opt.step()
+    assert same(snapshot(opt), before)
+    assert same([p.grad for p in (a, w, b)], grads)
+    train(opt, [a, w, b], [steps])
+    assert opt.state[w]["step"].item() == steps + 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+def test_nonfinite_raise_takes_large_finite_gradients(dtype):
+    """Guards against a norm that overflows and calls a finite gradient infinite."""
+    p = torch.nn.Parameter(torch.zeros(12, 10, dtype=dtype))
+    opt = GaLoreAdamW([{"params": [p], "rank": 4, "nonfinite": "raise"}])
+    p.grad = torch.full_like(p, torch.finfo(dtype).max / 16)
+    opt.step()
+    assert p.isfinite().all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_zero_gradients_from_the_first_step_decay_alone_and_do_not_count(kind):
+    """Guards against a basis of nothing, NaN from 0/0, or a clock that runs while there is no basis."""
+    w, v = weight(kind), weight(kind)
+    opt, fresh = optimizer(kind, w, bias(), weight_decay=0.1), optimizer(kind, v, bias(), weight_decay=0.1)
+    for steps in range(1, 4):
+        w.grad = torch.zeros_like(w)
+        opt.step()
+        expected = weight(kind).detach().double() * (1 - 0.05 * 0.1) ** steps
+        error = 0.02 if w.dtype == torch.bfloat16 else 1e-5
+        torch.testing.assert_close(w.detach().double(), expected, rtol=error, atol=error)
+        check_state(w, opt.state[w], 6)
+        assert (opt.state[w]["step"].item(), opt.state[w]["refreshes"]) == (0, 0)
+    with torch.no_grad():
+        w.copy_(v)
+    train(opt, [w], range(5))
+    train(fresh, [v], range(5))
+    assert same(w.detach(), v.detach())
+    assert same(dict(opt.state[w]), dict(fresh.state[v]))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_zero_gradient_at_a_due_refresh_is_retried(kind):
+    """Guards against a subspace of a zero gradient, or a refresh that is lost until the next one is due."""
+    w, b = weight(kind), bias()
+    opt = optimizer(kind, w, b, weight_decay=0.0)
+    gap = opt.param_groups[0]["update_proj_gap"]
+    train(opt, [w, b], range(gap))
+    state = opt.state[w]
+    basis, before, moments = state["basis"].clone(), w.detach().clone(), state["exp_avg"].clone()
+    for extra in range(2):
+        w.grad = torch.zeros_like(w)
+        opt.step()
+        assert same(state["basis"], basis)
+        assert (state["refreshes"], state["last_refresh"], state["step"].item()) == (1, 0, gap + extra + 1)
+    torch.testing.assert_close(state["exp_avg"], 0.81 * moments, rtol=1e-4, atol=1e-6)
+    assert not same(w.detach(), before)
+    train(opt, [w, b], [gap])
+    assert not same(state["basis"], basis)
+    assert (state["refreshes"], state["last_refresh"]) == (2, gap + 2)
+
+
+@pytest.mark.parametrize("kind", ["stack", "stack_tolerance"])
+def test_idle_matrix_of_a_stack_keeps_its_subspace(kind):
+    """Guards against an expert without tokens losing its basis, or stopping the others'."""
+    w, b = weight(kind), bias()
+    opt = optimizer(kind, w, b)
+    for step in range(7):
+        w.grad = gradient(tuple(w.shape), step)
+        if step >= 2:
+            w.grad[1] = 0
+        opt.step()
+        check_state(w, opt.state[w], 6)
+        if step == 2:
+            basis = opt.state[w]["basis"].clone()
+    rank = min(basis.shape[-1], opt.state[w]["rank"])
+    assert same(opt.state[w]["basis"][1, :, :rank], basis[1, :, :rank])
+    assert not same(opt.state[w]["basis"][0, :, :rank], basis[0, :, :rank])
+    assert opt.state[w]["refreshes"] == 3
+
+
+def test_no_gradient_at_all_is_no_step():
+    """Guards against state for parameters that were never trained."""
+    w, b = weight("default"), bias()
+    opt = optimizer("default", w, b)
+    opt.step()
+    assert not opt.state
+    train(opt, [b], [0])
+    assert params_of(opt)[0] not in opt.state

@@ -1,0 +1,299 @@
+"""State dicts: a run that stops and resumes is the run that never stopped; what does not fit is refused."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.optim import AdamW
+from training import (
+    KINDS,
+    bias,
+    check_state,
+    gradient,
+    optimizer,
+    params_of,
+    same,
+    saved_and_loaded,
+    snapshot,
+    train,
+    weight,
+)
+
+from galore_rrf import GaLoreAdamW, param_groups
+from galore_rrf.subspace import SCHEMA_VERSION, STATE_KEYS
+
+
+def started(kind, steps, device="cpu"):
+    w, b = weight(kind, device), bias(device)
+    opt = optimizer(kind, w, b, weight_decay=0.1)
+    train(opt, [w, b], range(steps))
+    return opt
+
+
+def copied_params(opt):
+    return [torch.nn.Parameter(p.detach().clone(memory_format=torch.preserve_format)) for p in params_of(opt)]
+
+
+def gap_of(kind):
+    return KINDS[kind][2].get("update_proj_gap", 200)
+
+
+# --- Resuming -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("offset", [-1, 0, 1], ids=["before", "at", "after"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_resumed_run_equals_the_run_that_never_stopped(kind, offset, device):
+    """Guards against state that a checkpoint loses: the step before a refresh, the refresh, and the next."""
+    gap = gap_of(kind)
+    opt = started(kind, gap + offset, device)
+    params = copied_params(opt)
+    resumed = optimizer(kind, *params)  # its own options differ; the checkpoint's count
+    resumed.load_state_dict(saved_and_loaded(opt.state_dict()))
+    assert same(snapshot(opt), snapshot(resumed))
+    rest = range(gap + offset, gap + offset + 3 + min(gap, 5))
+    train(opt, params_of(opt), rest)
+    train(resumed, params, rest)
+    assert same(snapshot(opt), snapshot(resumed))
+
+
+@pytest.mark.parametrize("how", ["deepcopy", "pickle"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_copied_optimizer_continues_as_the_original(kind, how):
+    """Guards against attributes of ours that copies and pickles do not carry."""
+    opt = started(kind, 2)
+    twin = copy.deepcopy(opt) if how == "deepcopy" else pickle.loads(pickle.dumps(opt))
+    assert not {id(p) for p in params_of(opt)} & {id(p) for p in params_of(twin)}
+    for each in (opt, twin):
+        extra = torch.nn.Parameter(torch.ones(14, 10))
+        each.add_param_group({"params": [("extra", extra)], "rank": 3})
+        train(each, params_of(each), range(2, 7))
+    assert same(snapshot(opt), snapshot(twin))
+
+
+def test_state_dict_loads_without_arbitrary_objects_and_has_plain_types():
+    """Guards against str, None or lists in a parameter's state, which distributed checkpoints refuse."""
+    state_dict = saved_and_loaded(started("default", 3).state_dict())
+    assert tuple(state_dict["state"][0]) == STATE_KEYS
+    for state in state_dict["state"].values():
+        assert all(isinstance(v, (torch.Tensor, int)) for v in state.values())
+    assert all(g["schema_version"] == SCHEMA_VERSION for g in state_dict["param_groups"])
+
+
+@pytest.mark.parametrize("flatten", [False, True])
+def test_state_dict_through_torchs_distributed_form(flatten):
+    """Guards against a state that torch.distributed.checkpoint cannot flatten and put back."""
+
+    def model():
+        torch.manual_seed(0)
+        return torch.nn.ModuleDict({"mlp": torch.nn.Linear(16, 24), "head": torch.nn.Linear(24, 16)})
+
+    first, second = model(), model()
+    one, two = (GaLoreAdamW(param_groups(m, 4, update_proj_gap=3), lr=0.05) for m in (first, second))
+    train(one, list(first.parameters()), range(4))
+    options = StateDictOptions(flatten_optimizer_state_dict=flatten)
+    saved = saved_and_loaded(get_optimizer_state_dict(first, one, options=options))
+    second.load_state_dict(first.state_dict())
+    set_optimizer_state_dict(second, two, saved, options=options)
+    train(one, list(first.parameters()), range(4, 8))
+    train(two, list(second.parameters()), range(4, 8))
+    assert same([p.detach() for p in first.parameters()], [p.detach() for p in second.parameters()])
+    for p, q in zip(params_of(one), params_of(two), strict=True):
+        assert same(dict(one.state[p]), dict(two.state[q]))
+
+
+def test_fp32_moments_of_bf16_weights_stay_fp32_to_the_bit():
+    """Guards against torch's load_state_dict, which casts the state to the weight's dtype."""
+    opt = started("bf16", 5)
+    before = {k: copy.deepcopy(v) for k, v in opt.state[params_of(opt)[0]].items()}
+    assert not same(before["exp_avg"], before["exp_avg"].bfloat16().float())
+    other = optimizer("bf16", weight("bf16"), bias())
+    other.load_state_dict(opt.state_dict())
+    state = other.state[params_of(other)[0]]
+    assert state["exp_avg"].dtype == torch.float32
+    assert same(dict(state), before)
+
+
+def test_loaded_tensors_are_copies():
+    """Guards against two optimizers that train one state."""
+    opt = started("default", 3)
+    other = optimizer("default", *copied_params(opt))
+    other.load_state_dict(opt.state_dict())
+    mine, theirs = (o.state[params_of(o)[0]] for o in (opt, other))
+    for key in STATE_KEYS[:4]:
+        assert mine[key].data_ptr() != theirs[key].data_ptr()
+
+
+@pytest.mark.parametrize("kind", ["default", "svd", "tolerance", "bf16", "stack", "conv"])
+@pytest.mark.parametrize("rank", [3, 8])
+def test_state_of_another_rank_loads_and_trains_on(kind, rank):
+    """Guards against a rank fixed by the optimizer that loads; the next refresh moves to a rank set since."""
+    opt = started(kind, 4)
+    other = GaLoreAdamW([{"params": [weight(kind)], "rank": rank, **KINDS[kind][2]}, {"params": [bias()]}])
+    other.load_state_dict(saved_and_loaded(opt.state_dict()))
+    w = params_of(other)[0]
+    assert same(dict(other.state[w]), dict(opt.state[params_of(opt)[0]]))
+    other.param_groups[0]["rank"] = rank
+    train(other, params_of(other), range(4, 9))
+    check_state(w, other.state[w], rank)
+    if kind != "tolerance":
+        assert other.state[w]["rank"] == rank
+    assert other.state[w]["refreshes"] > opt.state[params_of(opt)[0]]["refreshes"]
+    assert w.isfinite().all()
+
+
+def test_state_dict_hooks_run():
+    """Guards against load_state_dict or state_dict bypassing torch's hooks."""
+    opt, calls = started("default", 2), []
+    opt.register_state_dict_pre_hook(lambda *_: calls.append("save"))
+    opt.register_load_state_dict_pre_hook(lambda *_: calls.append("before"))
+    opt.register_load_state_dict_post_hook(lambda *_: calls.append("after"))
+    opt.load_state_dict(opt.state_dict())
+    opt.load_state_dict(opt.state_dict())
+    assert calls == ["save", "before", "after"] * 2
+
+
+# --- Refusals -----------------------------------------------------------------------------------------
+
+
+def edit(key, value):
+    def change(saved):
+        saved["state"][0][key] = value
+
+    return change
+
+
+def drop(key):
+    def change(saved):
+        del saved["state"][0][key]
+
+    return change
+
+
+def edit_group(**keys):
+    def change(saved):
+        saved["param_groups"][0].update(keys)
+
+    return change
+
+
+def another_shape(saved):
+    saved["state"][0]["exp_avg"] = torch.zeros(7, 6)
+
+
+def fewer_parameters(saved):
+    saved["param_groups"][1]["params"] = []
+
+
+def a_group_less(saved):
+    saved["param_groups"].pop()
+
+
+def the_same_parameter_twice(saved):
+    saved["param_groups"][1]["params"] = [0]
+
+
+def plain_adamws(saved):
+    moments = {k: torch.zeros(24, 16) for k in ("exp_avg", "exp_avg_sq")}
+    saved["state"][0] = {"step": torch.tensor(2.0), **moments}
+
+
+def a_projected_state_for_a_plain_parameter(saved):
+    saved["state"][1] = saved["state"][0]
+
+
+def a_plain_state_of_another_shape(saved):
+    saved["state"][1]["exp_avg"] = torch.zeros(6)
+
+
+REFUSED = {
+    **{f"no_{key}": (drop(key), f"'w'.*{key}") for key in STATE_KEYS},
+    **{f"{key}_list": (edit(key, [1.0]), f"{key} of 'w'") for key in STATE_KEYS},
+    **{f"{key}_int": (edit(key, 3), f"{key} of 'w'") for key in STATE_KEYS[:4]},
+    **{f"{key}_int_tensor": (edit(key, torch.ones(24, 6).long()), f"{key} of 'w'") for key in STATE_KEYS[:4]},
+    **{f"{key}_bool": (edit(key, True), f"{key} of 'w'") for key in STATE_KEYS[4:]},
+    **{f"{key}_tensor": (edit(key, torch.tensor(1)), f"{key} of 'w'") for key in STATE_KEYS[4:]},
+    **{f"{key}_negative": (edit(key, -1), f"{key} of 'w'") for key in STATE_KEYS[4:]},
+    "rank_zero": (edit("rank", 0), "rank of 'w'"),
+    "other_rank": (edit("rank", 5), "of 'w' has shape"),
+    "side_2": (edit("side", 2), "side of 'w'"),
+    "other_side": (edit("side", 1), "of 'w' has shape"),
+    "steps": (edit("step", torch.zeros(2)), "step of 'w'"),
+    "unknown_key": (edit("color", 1), "'w'.*color"),
+    "other_shape": (another_shape, "exp_avg of 'w' has shape"),
+    "schema": (edit_group(schema_version=SCHEMA_VERSION + 1), "schema_version: 2"),
+    "schema_str": (edit_group(schema_version="1"), "schema_version: '1'"),
+    "fewer": (fewer_parameters, "groups of"),
+    "group": (a_group_less, "groups of"),
+    "twice": (the_same_parameter_twice, "two places"),
+    "plain_adamw": (plain_adamws, "'w'.*plain AdamW"),
+    "projected": (a_projected_state_for_a_plain_parameter, "'b'"),
+    "plain_shape": (a_plain_state_of_another_shape, "exp_avg of 'b'"),
+    "rank_none": (edit_group(rank=None), "'w'"),
+    "options": (edit_group(rank=-2), "rank: -2"),
+    "option": (edit_group(moments="forget"), "moments: 'forget'"),
+}
+
+
+@pytest.mark.parametrize(("change", "message"), REFUSED.values(), ids=REFUSED)
+def test_state_that_does_not_fit_is_refused_and_nothing_changes(change, message):
+    """Guards against a checkpoint of another model, rank or schema that half loads, or fails later."""
+    saved = saved_and_loaded(started("default", 5).state_dict())
+    change(saved)
+    opt = started("default", 3)
+    before, tensors = snapshot(opt), [opt.state[p]["exp_avg"] for p in params_of(opt)]
+    with pytest.raises(ValueError, match=message):
+        opt.load_state_dict(saved)
+    assert same(snapshot(opt), before)
+    assert all(opt.state[p]["exp_avg"] is t for p, t in zip(params_of(opt), tensors, strict=True))
+    train(opt, params_of(opt), [3])
+    twin = started("default", 4)
+    assert same(snapshot(opt), snapshot(twin))
+
+
+def test_refusal_of_an_unnamed_parameter_says_its_number():
+    """Guards against an error that leaves open which of many parameters it means."""
+    opt = GaLoreAdamW([{"params": [weight("default"), weight("default")], "rank": 6}])
+    train(opt, params_of(opt), [0])
+    saved = opt.state_dict()
+    saved["state"][1] = {**saved["state"][1], "rank": 5}
+    with pytest.raises(ValueError, match="parameter 1"):
+        opt.load_state_dict(saved)
+
+
+def test_checkpoint_of_torch_adamw_is_refused_where_parameters_are_projected():
+    """Guards against full moments read as projected ones."""
+    w, b = weight("default"), bias()
+    theirs = AdamW([{"params": [w]}, {"params": [b]}])
+    train(theirs, [w, b], range(2))
+    opt = started("default", 1)
+    before = snapshot(opt)
+    with pytest.raises(ValueError, match=r"'w'.*plain AdamW"):
+        opt.load_state_dict(theirs.state_dict())
+    assert same(snapshot(opt), before)
+
+
+def test_loading_does_not_change_the_dict():
+    """Guards against a state dict that can be loaded once."""
+    saved = started("default", 3).state_dict()
+    before = copy.deepcopy(saved)
+    for _ in range(2):
+        optimizer("default", weight("default"), bias()).load_state_dict(saved)
+    assert same(saved, before)
+
+
+def test_state_dict_before_the_first_step():
+    """Guards against a checkpoint without state being an error."""
+    opt = started("default", 0)
+    other = started("default", 0)
+    other.load_state_dict(saved_and_loaded(opt.state_dict()))
+    w = params_of(other)[0]
+    w.grad = gradient(tuple(w.shape), 0)
+    other.step()
+    check_state(w, other.state[w], 6)

@@ -1,0 +1,518 @@
+"""projected_adamw_: step by step against the plain PyTorch reference, and what it leaves alone.
+
+The refreshed basis is a function of the spans of a sketch's first columns (`reference._orth`), so operator
+and reference agree column by column to rounding times the condition of the sketch, a few units for Gaussian
+gradients.  Adam's division is by sqrt(v) + eps: eps = 0.03 keeps what rounding does to tiny entries small
+(and makes an eps at the wrong place show).  Where columns are singular vectors, whose signs are arbitrary
+(moments="keep"), the reference is given the operator's basis, after a comparison up to signs.
+"""
+
+import copy
+import itertools
+import math
+
+import pytest
+import torch
+from matrices import UNIT_ROUNDOFF, assert_orthonormal, generator, layout
+
+from galore_rrf import reference
+from galore_rrf.ops import projected_adamw_, rotate_moments
+
+SKIPPED, STEPPED, REFRESHED, DECAYED = range(4)
+RIGHT, LEFT = 0, 1
+ADAM = {"lr": 0.1, "beta1": 0.9, "beta2": 0.95, "eps": 0.03, "weight_decay": 0.2, "scale": 0.5}
+MIXED = [
+    ((24, 37), 6, LEFT),
+    ((37, 24), 5, RIGHT),
+    ((16, 16), 4, RIGHT),
+    ((3, 14, 11), 3, RIGHT),
+    ((2, 9, 21), 9, LEFT),
+]
+
+
+class State:
+    """The arguments of a list of parameters: weights and moments random, no basis yet."""
+
+    def __init__(self, parts, dtype=torch.float64, basis_dtype=None, strides="contiguous", device="cpu"):
+        compute = torch.float64 if dtype == torch.float64 else torch.float32
+        g = generator(11)
+        self.params, self.exp_avgs, self.exp_avg_sqs, self.bases, self.steps = [], [], [], [], []
+        self.sides, self.keys, self.strides = [side for _, _, side in parts], [], strides
+        key = 3
+        for (*batch, m, n), rank, side in parts:
+            w = torch.randn(*batch, m, n, generator=g, dtype=torch.float64)
+            self.params.append(layout(w.to(device, dtype), strides))
+            moments = (*batch, m, rank) if side == RIGHT else (*batch, rank, n)
+            self.exp_avgs.append(torch.zeros(moments, dtype=compute, device=device))
+            self.exp_avg_sqs.append(torch.zeros(moments, dtype=compute, device=device))
+            rows = n if side == RIGHT else m
+            self.bases.append(torch.zeros(*batch, rows, rank, dtype=basis_dtype or compute, device=device))
+            self.steps.append(torch.zeros((), dtype=torch.float32))
+            self.keys.append(key)
+            key += math.prod(batch) if batch else 1
+
+    def grads(self, seed):
+        """Gradients that resemble one another from step to step: a common part, then noise."""
+        result = []
+        for i, w in enumerate(self.params):
+            common = torch.randn(w.shape, dtype=torch.float64, generator=generator(1000 + i))
+            noise = torch.randn(w.shape, dtype=torch.float64, generator=generator(100 * seed + i))
+            result.append(layout((common + 0.5 * noise).to(w.device, w.dtype), self.strides))
+        return result
+
+    def lists(self):
+        return {k: getattr(self, k) for k in ("params", "exp_avgs", "exp_avg_sqs", "bases", "steps")}
+
+    def step(self, function, grads, refreshes, coefficients=None, **options):
+        if isinstance(refreshes, int):
+            refreshes = [refreshes] * len(self.params)
+        with torch.no_grad():
+            return function(
+                self.params, grads, self.exp_avgs, self.exp_avg_sqs, self.bases, self.steps,
+                coefficients or [None] * len(self.params), self.sides, self.keys, refreshes,
+                **{**ADAM, "seed": 5, **options},
+            ).tolist()  # fmt: skip
+
+    def copy(self):
+        return copy.deepcopy(self)
+
+
+def project(g, q, side):
+    """R = G Q or Q^T G."""
+    return g @ q if side == RIGHT else q.mT @ g
+
+
+def assert_equal(x: State, y: State, accuracy=0.0, weight_accuracy=None, lists=None):
+    for name in lists or x.lists():
+        tolerance = weight_accuracy if name == "params" and weight_accuracy is not None else accuracy
+        for a, b in zip(getattr(x, name), getattr(y, name), strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=tolerance, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def follow(mine: State, accuracy, weight_accuracy=None, schedule=(0, -1, 1, -1, 2), **options):
+    """Steps both and compares after every step."""
+    theirs = mine.copy()
+    for number, refresh in enumerate(schedule):
+        grads = mine.grads(number)
+        before = [g.clone() for g in grads]
+        outcomes = mine.step(projected_adamw_, grads, refresh, **options)
+        assert all(torch.equal(g, b) for g, b in zip(grads, before, strict=True))
+        given = None
+        if options.get("moments") == "keep" and refresh >= 0:
+            probe = theirs.copy()
+            probe.step(reference.projected_adamw_, grads, refresh, **options)
+            for q, p in zip(mine.bases, probe.bases, strict=True):
+                signs = (q * p).sum(-2, keepdim=True).sign()
+                torch.testing.assert_close(q * signs, p, rtol=0, atol=max(accuracy, 1e-9))
+            theirs.bases = [q.clone() for q in mine.bases]
+            given = [project(*x) for x in zip(grads, mine.bases, mine.sides, strict=True)]
+        assert outcomes == theirs.step(reference.projected_adamw_, grads, refresh, given, **options)
+        assert outcomes == [REFRESHED if refresh >= 0 else STEPPED] * len(outcomes)
+        assert_equal(mine, theirs, accuracy, weight_accuracy)
+    for q in mine.bases:
+        if q.dtype in (torch.float32, torch.float64):
+            assert_orthonormal(q, UNIT_ROUNDOFF[q.dtype])
+
+
+@pytest.mark.parametrize("maximize", [False, True])
+@pytest.mark.parametrize("arithmetic", ["torch", "galore_torch"])
+@pytest.mark.parametrize("moments", ["rotate", "keep"])
+@pytest.mark.parametrize("sketch", ["plain", "half_power", "power", "warm"])
+def test_every_option(device, same_sketch, sketch, moments, arithmetic, maximize):
+    """Guards against any departure from the formulae, in fp64, over mixed shapes, sides and stacks."""
+    follow(
+        State(MIXED, device=device), 1e-8,
+        sketch=sketch, moments=moments, arithmetic=arithmetic, maximize=maximize,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("options", [{"power": 2, "sketch": "power"}, {"oversampling": 3, "moments": "keep"},
+                                     {"weight_decay": 0.0}, {"lr": 0.0}, {"beta1": 0.0}, {"scale": 0.25},
+                                     {"seed": 2**40}])  # fmt: skip
+def test_other_options(device, same_sketch, options):
+    """Guards against an option that is dropped on its way."""
+    follow(State(MIXED, device=device), 1e-8, **options)
+
+
+@pytest.mark.parametrize("strides", ["contiguous", "transposed", "strided"])
+@pytest.mark.parametrize(
+    ("dtype", "basis_dtype", "accuracy", "weight_accuracy"),
+    [
+        (torch.float64, torch.float64, 1e-8, 1e-8),
+        (torch.float32, torch.float32, 1e-4, 1e-4),
+        (torch.bfloat16, torch.float32, 1e-4, 2.0**-6),
+        # A rounding of the basis that falls the other way is an error of 2^-9 of its entry.
+        (torch.bfloat16, torch.bfloat16, 0.02, 0.03),
+        (torch.float32, torch.bfloat16, 0.02, 0.02),
+        (torch.float16, torch.float16, 3e-3, 4e-3),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("side", [RIGHT, LEFT])
+@pytest.mark.parametrize(
+    ("shape", "rank"), [((20, 31), 6), ((31, 20), 6), ((17, 17), 5), ((2, 12, 19), 4), ((300, 450), 8)]
+)
+def test_dtypes_and_layouts(
+    device, same_sketch, shape, rank, side, dtype, basis_dtype, accuracy, weight_accuracy, strides
+):
+    """Guards against strides, a side or a dtype taken for another, weights and gradients cut into tiles."""
+    state = State([(shape, rank, side)], dtype, basis_dtype, strides, device)
+    follow(state, accuracy, weight_accuracy, schedule=(0, -1, 1))
+
+
+@pytest.mark.parametrize("side", [RIGHT, LEFT])
+@pytest.mark.parametrize("shape", [(1, 15), (15, 1), (1, 1)])
+def test_vectors(device, same_sketch, shape, side):
+    """Guards against matrices of one row or column, whose strides mean nothing."""
+    follow(State([(shape, 1, side)], device=device), 1e-8)
+
+
+def test_full_rank_is_adamw(device):
+    """Guards against an arithmetic that only resembles torch.optim.AdamW's: in the basis I they are one."""
+    state = State([((9, 9), 9, RIGHT), ((9, 9), 9, LEFT)], device=device)
+    for q in state.bases:
+        q.copy_(torch.eye(9))
+    mirror = [torch.nn.Parameter(w.clone()) for w in state.params]
+    options = {**ADAM, "scale": 1.0}
+    adamw = torch.optim.AdamW(mirror, lr=0.1, betas=(0.9, 0.95), eps=0.03, weight_decay=0.2, maximize=True)
+    for number in range(5):
+        grads = state.grads(number)
+        state.step(projected_adamw_, grads, -1, **{**options, "maximize": True})
+        for w, g in zip(mirror, grads, strict=True):
+            w.grad = g.clone()
+        adamw.step()
+        for w, v in zip(state.params, mirror, strict=True):
+            torch.testing.assert_close(w, v.data, rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("sketch", ["plain", "warm"])
+@pytest.mark.parametrize("side", [RIGHT, LEFT])
+def test_stack_is_its_matrices(device, side, sketch):
+    """Guards against matrices of a stack that share a test matrix or are mixed: matrix i has key + i."""
+    stack = State([((4, 12, 17), 5, side)], torch.float32, device=device)
+    singles = State([((12, 17), 5, side)] * 4, torch.float32, device=device)
+    singles.keys = [stack.keys[0] + i for i in range(4)]
+    singles.params = [w.clone() for w in stack.params[0]]
+    for number, refresh in enumerate((0, -1, 1, -1)):
+        grads = stack.grads(number)
+        assert stack.step(projected_adamw_, grads, refresh, sketch=sketch) == [2 if refresh >= 0 else 1]
+        singles.step(projected_adamw_, list(grads[0]), refresh, sketch=sketch)
+    for name in ("params", "exp_avgs", "exp_avg_sqs", "bases"):
+        expected = torch.stack(getattr(singles, name))
+        torch.testing.assert_close(getattr(stack, name)[0], expected, rtol=0, atol=1e-5)
+    assert [float(t) for t in (*stack.steps, *singles.steps)] == [4.0] * 5
+
+
+def test_reproducible(device, threads):
+    """Guards against randomness from outside, and results that follow the thread count beyond rounding."""
+    start = State([*MIXED, ((120, 200), 16, LEFT)], torch.float32, device=device)
+
+    def run():
+        state = start.copy()
+        for number, refresh in enumerate((0, -1, 1, -1)):
+            state.step(projected_adamw_, state.grads(number), refresh)
+        return state
+
+    first = run()
+    torch.manual_seed(1)
+    assert_equal(run(), first)
+    for count in (1, 4):
+        threads(count)
+        assert_equal(run(), first, 1e-4)
+
+
+@pytest.mark.parametrize("refresh", [-1, 1])
+@pytest.mark.parametrize("known", [True, False])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("moments", ["rotate", "keep"])
+def test_nonfinite_gradient_changes_nothing(device, dtype, value, known, refresh, moments):
+    """Guards against NaN in a weight, moment or basis: that matrix is skipped to the bit, the others step."""
+    state = State(MIXED, dtype, device=device)
+    if known:
+        state.step(projected_adamw_, state.grads(0), 0)
+    before, clean = state.copy(), state.copy()
+    grads = state.grads(1)
+    clean.step(projected_adamw_, [g.clone() for g in grads], refresh, moments=moments)
+    for i in (0, 1):
+        grads[i][2, 3] = value
+    grads[3][1, 4, 4] = value  # one of a stack of three
+    stepped = REFRESHED if refresh >= 0 or not known else STEPPED
+    outcomes = state.step(projected_adamw_, grads, refresh, moments=moments)
+    assert outcomes == [SKIPPED, SKIPPED, stepped, stepped, stepped]
+    for name, mine in state.lists().items():
+        theirs, expected = getattr(before, name), getattr(clean, name)
+        for i in (0, 1):
+            assert torch.equal(mine[i], theirs[i])
+        for i in (2, 4):
+            assert torch.equal(mine[i], expected[i])
+        if name != "steps":
+            assert torch.equal(mine[3][1], theirs[3][1])
+            for j in (0, 2):
+                torch.testing.assert_close(mine[3][j], expected[3][j], rtol=1e-5, atol=1e-5)
+    assert float(state.steps[3]) == float(clean.steps[3])
+
+
+def test_whole_stack_nonfinite(device):
+    """Guards against a stack whose clock runs although no matrix of it has stepped."""
+    state = State([((2, 9, 12), 3, LEFT)], device=device)
+    before = state.copy()
+    grads = state.grads(0)
+    grads[0][:, 1, 1] = math.nan
+    assert state.step(projected_adamw_, grads, 0) == [SKIPPED]
+    assert_equal(state, before)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_nonfinite_coefficients_change_nothing(device, value):
+    """Guards against moments poisoned by a projected gradient that was made elsewhere."""
+    state = State([((9, 12), 3, LEFT)], device=device)
+    state.step(projected_adamw_, state.grads(0), 0)
+    before = state.copy()
+    given = project(state.grads(1)[0], state.bases[0], LEFT)
+    given[1, 1] = value
+    assert state.step(projected_adamw_, state.grads(1), -1, [given]) == [SKIPPED]
+    assert_equal(state, before)
+
+
+@pytest.mark.parametrize("refresh", [-1, 0])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_zero_gradient_before_the_first_basis(device, dtype, refresh):
+    """Guards against a clock that runs, or a basis made of nothing: there is decay alone."""
+    state = State(MIXED, dtype, device=device)
+    before = state.copy()
+    grads = [torch.zeros_like(w) for w in state.params]
+    assert state.step(projected_adamw_, grads, refresh) == [DECAYED] * len(MIXED)
+    assert_equal(state, before, lists=["exp_avgs", "exp_avg_sqs", "bases", "steps"])
+    for w, v in zip(state.params, before.params, strict=True):
+        torch.testing.assert_close(w, v * (1 - 0.1 * 0.2))
+    again = state.step(projected_adamw_, state.grads(1), -1)  # no refresh due, but none has been made
+    assert again == [REFRESHED] * len(MIXED)
+    assert [float(t) for t in state.steps] == [1.0] * len(MIXED)
+
+
+@pytest.mark.parametrize("refresh", [-1, 1])
+@pytest.mark.parametrize("moments", ["rotate", "keep"])
+def test_zero_gradient_after_the_first_basis(device, refresh, moments):
+    """Guards against a basis lost to a zero gradient: the old one serves, moments decay, the step counts."""
+    state = State(MIXED, device=device)
+    state.step(projected_adamw_, state.grads(0), 0)
+    theirs = state.copy()
+    grads = [torch.zeros_like(w) for w in state.params]
+    outcomes = state.step(projected_adamw_, grads, refresh, moments=moments)
+    assert outcomes == [STEPPED] * len(MIXED)
+    assert outcomes == theirs.step(reference.projected_adamw_, grads, refresh, moments=moments)
+    assert_equal(state, theirs, 1e-13)
+
+
+def test_given_coefficients(device, same_sketch):
+    """Guards against a refresh made elsewhere that is made again, or projected with another basis."""
+    state = State(MIXED, device=device)
+    for number in range(3):
+        grads = state.grads(number)
+        theirs = state.copy()
+        given = []
+        for i, (g, side) in enumerate(zip(grads, state.sides, strict=True)):
+            turned = g.mT if side == RIGHT else g
+            q, b, _, _ = reference.range_finder(
+                turned, state.bases[i].shape[-1], seed=5, key=state.keys[i], refresh=number
+            )
+            if number > 0:
+                corrections = 1 - 0.9**number, 1 - 0.95**number
+                rotated = rotate_moments(
+                    state.exp_avgs[i], state.exp_avg_sqs[i], state.bases[i], q, side, *corrections
+                )
+                state.exp_avgs[i].copy_(rotated[0])
+                state.exp_avg_sqs[i].copy_(rotated[1])
+            state.bases[i].copy_(q)
+            given.append(b.mT if side == RIGHT else b)
+        outcomes = state.step(projected_adamw_, grads, -1, given)
+        assert outcomes == [REFRESHED] * len(MIXED)
+        theirs.step(reference.projected_adamw_, grads, number, sketch="half_power")
+        assert_equal(state, theirs, 1e-8)
+
+
+def test_mixed_schedule(device, same_sketch):
+    """Guards against a refresh of one matrix that is taken for one of another."""
+    mine = State(MIXED, device=device)
+    theirs = mine.copy()
+    for number, due in enumerate(([0, 0, -1, 0, 0], [-1, 1, -1, 4, -1], [2, -1, -1, -1, 7])):
+        grads = mine.grads(number)
+        outcomes = mine.step(projected_adamw_, grads, due)
+        assert outcomes == theirs.step(reference.projected_adamw_, grads, due)
+        assert outcomes == [REFRESHED if d >= 0 or number == 0 else STEPPED for d in due]
+        assert_equal(mine, theirs, 1e-8)
+
+
+@pytest.mark.parametrize(("shape", "side", "moments"), [((0, 8), RIGHT, (0, 3)), ((8, 0), LEFT, (3, 0))])
+def test_no_rows(device, shape, side, moments):
+    """Guards against an error on the empty shard that a rank holds of a small sharded weight."""
+    w = torch.zeros(shape, device=device)
+    q = torch.linalg.qr(torch.randn(8, 3, generator=generator(1)))[0].to(device)
+    t = torch.zeros(())
+    args = (
+        [w],
+        [w.clone()],
+        [torch.zeros(moments, device=device)],
+        [torch.zeros(moments, device=device)],
+        [q],
+        [t],
+    )
+    outcome = projected_adamw_(*args, [None], [side], [0], [-1], **ADAM)
+    assert outcome.tolist() == [STEPPED]
+    assert float(t) == 1
+
+
+@pytest.mark.parametrize(("shape", "side"), [((2, 8), RIGHT), ((8, 2), LEFT)])
+def test_fewer_rows_than_rank(device, shape, side):
+    """Guards against a shard refused for its few rows: between refreshes its long side may be any length."""
+    state = State([(shape, 2, side)], device=device)
+    q = torch.linalg.qr(torch.randn(8, 5, dtype=torch.float64, generator=generator(1)))[0].to(device)
+    moments = (2, 5) if side == RIGHT else (5, 2)
+    state.bases = [q]
+    state.exp_avgs, state.exp_avg_sqs = (
+        [torch.zeros(moments, dtype=torch.float64, device=device)] for _ in range(2)
+    )
+    theirs = state.copy()
+    assert state.step(projected_adamw_, state.grads(0), -1) == [STEPPED]
+    theirs.step(reference.projected_adamw_, state.grads(0), -1)
+    assert_equal(state, theirs, 1e-12)
+
+
+def test_empty_lists(device):
+    """Guards against a crash on no parameters."""
+    assert projected_adamw_([], [], [], [], [], [], [], [], [], [], **ADAM).tolist() == []
+
+
+def test_steps_may_be_fp64_or_one_number(device):
+    """Guards against a step count of another dtype or shape read wrongly."""
+    states = [State(MIXED[:2], device=device) for _ in range(3)]
+    states[1].steps = [t.double() for t in states[1].steps]
+    states[2].steps = [t.reshape(1) for t in states[2].steps]
+    for state in states:
+        for number, refresh in enumerate((0, -1, 1)):
+            state.step(projected_adamw_, state.grads(number), refresh)
+        assert [float(t) for t in state.steps] == [3.0, 3.0]
+    assert_equal(states[1], states[0], lists=["params", "exp_avgs", "exp_avg_sqs", "bases"])
+    assert_equal(states[2], states[0], lists=["params", "exp_avgs", "exp_avg_sqs", "bases"])
+
+
+def test_parameters_that_require_grad(device):
+    """Guards against autograd: under no_grad a leaf is stepped in place, without it torch refuses."""
+    state = State(MIXED, torch.float32, device=device)
+    plain = state.copy()
+    state.params = [torch.nn.Parameter(w) for w in state.params]
+    state.step(projected_adamw_, state.grads(0), 0)
+    plain.step(projected_adamw_, plain.grads(0), 0)
+    for w, v in zip(state.params, plain.params, strict=True):
+        assert torch.equal(w.data, v)
+        assert w.is_leaf
+    args = (
+        state.exp_avgs,
+        state.exp_avg_sqs,
+        state.bases,
+        state.steps,
+        [None] * 5,
+        state.sides,
+        state.keys,
+        [-1] * 5,
+    )
+    with pytest.raises(RuntimeError, match="leaf"):
+        projected_adamw_(state.params, state.grads(1), *args, **ADAM)
+
+
+def test_writes_are_counted(device):
+    """Guards against a backward pass through weights changed since its forward pass: autograd must notice."""
+    state = State(MIXED[:2], torch.float32, device=device)
+    state.params = [torch.nn.Parameter(w) for w in state.params]
+    loss = sum((w * w.exp()).sum() for w in state.params)
+    state.step(projected_adamw_, state.grads(0), 0)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def replaced(name, value):
+    def change(arguments):
+        arguments[name] = value
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "change"),
+    [
+        (ValueError, "lists of one length", replaced("grads", [])),
+        (ValueError, "lists of one length", replaced("sides", [0, 0])),
+        (ValueError, "lists of one length", replaced("coefficients", [])),
+        (ValueError, "gradient", replaced("grads", [torch.ones(4, 5)])),
+        (ValueError, "gradient", replaced("grads", [torch.ones(5, 4).double()])),
+        (ValueError, "moment", replaced("exp_avgs", [torch.zeros(2, 5)])),
+        (ValueError, "moment", replaced("exp_avg_sqs", [torch.zeros(5, 2).double()])),
+        (ValueError, "moment", replaced("exp_avgs", [torch.zeros(2, 5).mT])),
+        (ValueError, "basis", replaced("bases", [torch.zeros(5, 2)])),
+        (ValueError, "rank", replaced("bases", [torch.zeros(4, 0)])),
+        (ValueError, "rank", replaced("bases", [torch.zeros(4, 5)])),
+        (ValueError, "basis", replaced("bases", [torch.zeros(2)])),
+        (ValueError, "basis", replaced("bases", [torch.tensor(1.0)])),
+        (TypeError, "basis", replaced("bases", [torch.zeros(4, 2).int()])),
+        (ValueError, "coefficients", replaced("coefficients", [torch.zeros(2, 5)])),
+        (ValueError, "step", replaced("steps", [torch.zeros(2)])),
+        (ValueError, "side", replaced("sides", [2])),
+        (ValueError, "key", replaced("keys", [-1])),
+        (ValueError, "refresh", replaced("refreshes", [2**32])),
+        (ValueError, "arithmetic", replaced("arithmetic", "other")),
+        (ValueError, "sketch", replaced("sketch", "other")),
+        (ValueError, "moments", replaced("moments", "other")),
+        (ValueError, "oversampling", replaced("oversampling", -1)),
+        (ValueError, "power", replaced("power", -1)),
+        (ValueError, "seed", replaced("seed", -1)),
+        (ValueError, "matrices", replaced("params", [torch.ones(5)])),
+        (TypeError, "floating-point", replaced("params", [torch.ones(5, 4, dtype=torch.complex64)])),
+    ],
+)  # fmt: skip
+def test_bad_arguments(device, error, message, change):
+    """Guards against bad arguments that crash or pass, and a weight changed before they are found."""
+    arguments = {
+        "params": [torch.ones(5, 4)], "grads": [torch.ones(5, 4)], "exp_avgs": [torch.zeros(5, 2)],
+        "exp_avg_sqs": [torch.zeros(5, 2)], "bases": [torch.zeros(4, 2)], "steps": [torch.zeros(())],
+        "coefficients": [None], "sides": [0], "keys": [0], "refreshes": [0], **ADAM,
+    }  # fmt: skip
+    change(arguments)
+    weights = [w.clone() for w in arguments["params"]]
+    with pytest.raises(error, match=message):
+        projected_adamw_(**arguments)
+    assert all(torch.equal(w, v) for w, v in zip(arguments["params"], weights, strict=True))
+
+
+@pytest.mark.parametrize("refresh", [0, -1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_opcheck(device, refresh, dtype):
+    """Guards against a schema that hides what is written, a fake implementation at odds with the operator."""
+    state = State(MIXED[:3], dtype, device=device)
+    state.step(projected_adamw_, state.grads(0), 0)
+    torch.library.opcheck(
+        torch.ops.galore_rrf.projected_adamw_.default,
+        (
+            state.params, state.grads(1), state.exp_avgs, state.exp_avg_sqs, state.bases, state.steps,
+            [None] * 3, state.sides, state.keys, [refresh] * 3,
+        ),
+        dict(ADAM),
+        test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
+    )  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(10))
+def test_long_runs_stay_together(device, same_sketch, seed):
+    """Guards against errors that grow: forty steps over every combination of options."""
+    choices = itertools.product(["half_power", "warm"], ["torch", "galore_torch"])
+    for sketch, arithmetic in choices:
+        schedule = [number // 4 if number % 4 == 0 else -1 for number in range(40)]
+        follow(
+            State(MIXED, device=device),
+            1e-6,
+            schedule=schedule,
+            sketch=sketch,
+            arithmetic=arithmetic,
+            seed=seed,
+        )
