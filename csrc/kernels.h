@@ -23,6 +23,18 @@ struct Kernels {
   // The Adam element over three dense tensors of one layout: the projected gradient becomes the direction.
   void (*adam)(const at::Tensor& projected, const at::Tensor& exp_avg, const at::Tensor& exp_avg_sq,
                const AdamElement<double>& element);
+
+  // out[i, :] <- a[order[i], :], both fp32 or fp64 with columns in one piece each; order int64.
+  void (*gather_rows)(const at::Tensor& out, const at::Tensor& a, const at::Tensor& order);
+
+  // mean <- m / bias_correction1, variance <- v / bias_correction2 - mean^2: four matrices of one shape
+  // and stride order, each with one stride of 1.
+  void (*moments_to_variance)(const at::Tensor& mean, const at::Tensor& variance, const at::Tensor& exp_avg,
+                              const at::Tensor& exp_avg_sq, double bias_correction1, double bias_correction2);
+
+  // The way back: m <- bias_correction1 mean, v <- bias_correction2 |variance + mean^2|.
+  void (*variance_to_moments)(const at::Tensor& exp_avg, const at::Tensor& exp_avg_sq, const at::Tensor& mean,
+                              const at::Tensor& variance, double bias_correction1, double bias_correction2);
 };
 
 const Kernels& kernels_for(const at::Tensor& a);

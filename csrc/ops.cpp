@@ -131,9 +131,10 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> range_finder(
     mine.key.matrix += static_cast<uint32_t>(i);
     const at::Tensor matrix = batch.matrices.select(0, i), q = basis.select(0, i);
     const at::Tensor kept = coefficients ? b.select(0, i) : at::Tensor();
-    const Status ended =
-        fixed_rank_range_finder(matrix, mine, previous.defined() ? previous.select(0, i) : previous, q, kept);
+    const auto [ended, found] =
+        fixed_rank_range_finder(matrix, mine, previous.defined() ? previous.select(0, i) : previous, kept);
     status.select(0, i).fill_(static_cast<int>(ended));
+    if (found.defined()) q.copy_(found);
     if (ended == Status::zero) q.diagonal().fill_(1);  // every basis is one of the zero matrix
     if (ended == Status::zero) residual.select(0, i).zero_();
     if (ended == Status::converged && coefficients) {
@@ -319,7 +320,7 @@ std::tuple<at::Tensor, at::Tensor> rotate_moments(const at::Tensor& exp_avg, con
   TORCH_CHECK_VALUE(stack(basis) == stack(exp_avg) && stack(new_basis) == stack(exp_avg),
                     "basis, new_basis and moments must be stacks of one shape, got ", stack(basis), ", ",
                     stack(new_basis), " and ", stack(exp_avg));
-  const Batch mean(exp_avg), square(exp_avg_sq), old_q(basis), new_q(new_basis);
+  const Batch mean(exp_avg.contiguous()), square(exp_avg_sq.contiguous()), old_q(basis), new_q(new_basis);
   auto shape = mean.matrices.sizes().vec();
   shape[right ? 2 : 1] = new_basis.size(-1);
   const at::Tensor out_mean = at::empty(shape, exp_avg.options()),

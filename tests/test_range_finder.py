@@ -246,7 +246,9 @@ def test_batch_is_its_matrices_one_by_one(method, device):
         r = alone.rank
         assert Status(int(together.status[i])) is alone.status
         assert int(together.rank[i]) == r
-        torch.testing.assert_close(together.basis[i, :, :r], alone.basis, rtol=0, atol=1e-6)
+        # Products on one thread and on several round differently; the last columns amplify that by the
+        # sketch's condition number, some hundreds here.
+        torch.testing.assert_close(together.basis[i, :, :r], alone.basis, rtol=0, atol=1e-5)
         torch.testing.assert_close(together.coefficients[i, :r], alone.coefficients, rtol=0, atol=1e-5)
         assert not together.basis[i, :, r:].any()
         own = together.residuals[i]

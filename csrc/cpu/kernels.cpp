@@ -106,9 +106,56 @@ void adam(const at::Tensor& projected, const at::Tensor& exp_avg, const at::Tens
   });
 }
 
+void gather_rows(const at::Tensor& out, const at::Tensor& a, const at::Tensor& order) {
+  const int64_t* source = order.const_data_ptr<int64_t>();
+  AT_DISPATCH_FLOATING_TYPES(a.scalar_type(), "gather_rows", [&] {
+    for (int64_t j = 0; j < a.size(1); ++j) {
+      const scalar_t* from = a.const_data_ptr<scalar_t>() + j * a.stride(1);
+      scalar_t* to = out.mutable_data_ptr<scalar_t>() + j * out.stride(1);
+      for (int64_t i = 0; i < out.size(0); ++i) to[i] = from[source[i]];
+    }
+  });
+}
+
+// Calls f(run, offset of each tensor) for every run of entries that lies in one piece in all of them.
+template <class F, class... Tensors>
+void for_each_run(const F& f, const at::Tensor& first, const Tensors&... others) {
+  const int64_t inner = first.stride(1) == 1 ? 1 : 0;
+  for (int64_t i = 0; i < first.size(1 - inner); ++i) {
+    f(first.size(inner), i * first.stride(1 - inner), (i * others.stride(1 - inner))...);
+  }
+}
+
+void moments_to_variance(const at::Tensor& mean, const at::Tensor& variance, const at::Tensor& exp_avg,
+                         const at::Tensor& exp_avg_sq, double correction1, double correction2) {
+  AT_DISPATCH_FLOATING_TYPES(mean.scalar_type(), "moments_to_variance", [&] {
+    const auto run = [&](int64_t n, int64_t a, int64_t b, int64_t c, int64_t d) {
+      cpu::moments_to_variance_range(
+          mean.mutable_data_ptr<scalar_t>() + a, variance.mutable_data_ptr<scalar_t>() + b,
+          exp_avg.const_data_ptr<scalar_t>() + c, exp_avg_sq.const_data_ptr<scalar_t>() + d, n,
+          static_cast<scalar_t>(1 / correction1), static_cast<scalar_t>(1 / correction2));
+    };
+    for_each_run(run, mean, variance, exp_avg, exp_avg_sq);
+  });
+}
+
+void variance_to_moments(const at::Tensor& exp_avg, const at::Tensor& exp_avg_sq, const at::Tensor& mean,
+                         const at::Tensor& variance, double correction1, double correction2) {
+  AT_DISPATCH_FLOATING_TYPES(mean.scalar_type(), "variance_to_moments", [&] {
+    const auto run = [&](int64_t n, int64_t a, int64_t b, int64_t c, int64_t d) {
+      cpu::variance_to_moments_range(
+          exp_avg.mutable_data_ptr<scalar_t>() + a, exp_avg_sq.mutable_data_ptr<scalar_t>() + b,
+          mean.const_data_ptr<scalar_t>() + c, variance.const_data_ptr<scalar_t>() + d, n,
+          static_cast<scalar_t>(correction1), static_cast<scalar_t>(correction2));
+    };
+    for_each_run(run, exp_avg, exp_avg_sq, mean, variance);
+  });
+}
+
 }  // namespace
 
-const Kernels cpu_kernels = {fill_sketch, squared_norm, all_finite, adam};
+const Kernels cpu_kernels = {fill_sketch, squared_norm,        all_finite,         adam,
+                             gather_rows, moments_to_variance, variance_to_moments};
 
 const char* simd_level() {
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)

@@ -1,6 +1,7 @@
 // The loops of the CPU kernels.  No ATen here: this file is compiled for several instruction sets
 // (simd.h), and every one computes the same bits, since nothing is contracted or reassociated.
 #include <bit>
+#include <cmath>
 #include <cstdint>
 
 #include "cpu/moments.h"
@@ -38,6 +39,45 @@ void adam_range(double* __restrict projected, double* __restrict exp_avg, double
                 int64_t n, AdamElement<double> element) {
   for (int64_t i = 0; i < n; ++i) {
     projected[i] = element(projected[i], exp_avg[i], exp_avg_sq[i]);
+  }
+}
+
+GALORE_RRF_SIMD_CLONES
+void moments_to_variance_range(float* __restrict mean, float* __restrict variance, const float* __restrict m,
+                               const float* __restrict v, int64_t n, float inverse1, float inverse2) {
+  for (int64_t i = 0; i < n; ++i) {
+    mean[i] = m[i] * inverse1;
+    variance[i] = v[i] * inverse2 - mean[i] * mean[i];
+  }
+}
+
+GALORE_RRF_SIMD_CLONES
+void variance_to_moments_range(float* __restrict m, float* __restrict v, const float* __restrict mean,
+                               const float* __restrict variance, int64_t n, float correction1,
+                               float correction2) {
+  for (int64_t i = 0; i < n; ++i) {
+    m[i] = mean[i] * correction1;
+    v[i] = std::abs(variance[i] + mean[i] * mean[i]) * correction2;
+  }
+}
+
+GALORE_RRF_SIMD_CLONES
+void moments_to_variance_range(double* __restrict mean, double* __restrict variance,
+                               const double* __restrict m, const double* __restrict v, int64_t n,
+                               double inverse1, double inverse2) {
+  for (int64_t i = 0; i < n; ++i) {
+    mean[i] = m[i] * inverse1;
+    variance[i] = v[i] * inverse2 - mean[i] * mean[i];
+  }
+}
+
+GALORE_RRF_SIMD_CLONES
+void variance_to_moments_range(double* __restrict m, double* __restrict v, const double* __restrict mean,
+                               const double* __restrict variance, int64_t n, double correction1,
+                               double correction2) {
+  for (int64_t i = 0; i < n; ++i) {
+    m[i] = mean[i] * correction1;
+    v[i] = std::abs(variance[i] + mean[i] * mean[i]) * correction2;
   }
 }
 

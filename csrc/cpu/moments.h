@@ -11,6 +11,16 @@ void adam_range(float* projected, float* exp_avg, float* exp_avg_sq, int64_t n, 
 void adam_range(double* projected, double* exp_avg, double* exp_avg_sq, int64_t n,
                 AdamElement<double> element);
 
+// Elementwise parts of a rotation, on n entries in one piece (kernels.h).
+void moments_to_variance_range(float* mean, float* variance, const float* m, const float* v, int64_t n,
+                               float inverse1, float inverse2);
+void moments_to_variance_range(double* mean, double* variance, const double* m, const double* v, int64_t n,
+                               double inverse1, double inverse2);
+void variance_to_moments_range(float* m, float* v, const float* mean, const float* variance, int64_t n,
+                               float correction1, float correction2);
+void variance_to_moments_range(double* m, double* v, const double* mean, const double* variance, int64_t n,
+                               double correction1, double correction2);
+
 double squared_norm_range(const float* a, int64_t n);
 double squared_norm_range(const double* a, int64_t n);
 

@@ -1,6 +1,5 @@
 #include "optimizer/projected_adamw.h"
 
-#include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <c10/util/Exception.h>
 
@@ -47,7 +46,11 @@ bool out_of_memory(const c10::Error& error) {
              std::string_view::npos;
 }
 
-bool has_basis(const Matrix& x) { return x.basis.select(1, 0).ne(0).any().item<bool>(); }
+// One look at the first entry nearly always tells; a unit column may have a zero there, not everywhere.
+bool has_basis(const Matrix& x) {
+  const at::Tensor column = x.basis.select(1, 0);
+  return column.select(0, 0).item().toDouble() != 0 || column.ne(0).any().item<bool>();
+}
 
 class Step {
  public:
@@ -97,8 +100,7 @@ class Step {
         // Kept moments are read in the new basis column by column, so columns need an order that lasts.
         .ordered = refresh_.moments == Moments::keep,
         .key = {refresh_.seed, x.key, static_cast<uint32_t>(std::max<int64_t>(0, x.refresh))}};
-    const at::Tensor basis = at::empty(x.basis.sizes(), projected.options());
-    const Status status = fixed_rank_range_finder(x.grad, options, x.basis, basis, projected);
+    const auto [status, basis] = fixed_rank_range_finder(x.grad, options, x.basis, projected);
     if (status == Status::zero) {
       if (!known) return Outcome::decayed;
       projected.zero_();

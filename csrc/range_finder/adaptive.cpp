@@ -26,11 +26,11 @@ at::Tensor sketch_of(const at::Tensor& rest, const AdaptiveOptions& options, int
   if (options.sketch == Sketch::half_power) {
     const at::Tensor omega = at::empty({rest.size(0), width}, rest.options());
     kernels.fill_sketch(omega, options.key, 0, first);
-    return rest.matmul(inner_basis_(rest.mT().matmul(omega)));
+    return multiply(rest, inner_basis_(multiply(rest.mT(), omega)));
   }
   const at::Tensor omega = at::empty({rest.size(1), width}, rest.options());
   kernels.fill_sketch(omega, options.key, 0, first);
-  return rest.matmul(omega);
+  return multiply(rest, omega);
 }
 
 // Q = H_1 ... H_k I(:, :rank), applied from the last to the first, each to the columns it touches.

@@ -81,8 +81,8 @@ class Sketcher {
 
 }  // namespace
 
-Status fixed_rank_range_finder(const at::Tensor& a, const FixedRankOptions& options, const at::Tensor& warm,
-                               const at::Tensor& basis, const at::Tensor& coefficients) {
+FixedRankResult fixed_rank_range_finder(const at::Tensor& a, const FixedRankOptions& options,
+                                        const at::Tensor& warm, const at::Tensor& coefficients) {
   const Kernels& kernels = kernels_for(a);
   const int64_t width = std::min(options.rank + options.oversampling, std::min(a.size(0), a.size(1)));
   TORCH_CHECK_VALUE(width >= options.rank, "Invalid rank: ", options.rank, " (must be from 1 to ", width,
@@ -93,8 +93,8 @@ Status fixed_rank_range_finder(const at::Tensor& a, const FixedRankOptions& opti
   at::Tensor y = Sketcher(a, attempt, warm, width)(0);
   if (!safe.contains(kernels.squared_norm(y))) {  // false for NaN
     const double largest = largest_magnitude(a);
-    if (!std::isfinite(largest)) return Status::nonfinite;
-    if (largest == 0) return Status::zero;
+    if (!std::isfinite(largest)) return {Status::nonfinite, {}};
+    if (largest == 0) return {Status::zero, {}};
     const int exponent = safe_exponent_of(largest, compute_dtype(a));
     y = Sketcher(a, attempt, warm, width)(exponent);
     if (options.sketch == Sketch::warm && !safe.contains(kernels.squared_norm(y))) {
@@ -117,8 +117,7 @@ Status fixed_rank_range_finder(const at::Tensor& a, const FixedRankOptions& opti
     q = q.matmul(rotation);
     if (coefficients.defined()) coefficients.copy_(rotation.mT().matmul(wide));
   }
-  basis.copy_(q);
-  return Status::converged;
+  return {Status::converged, q};
 }
 
 double relative_residual(const at::Tensor& a, const at::Tensor& basis, const at::Tensor& coefficients) {

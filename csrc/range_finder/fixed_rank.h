@@ -17,12 +17,16 @@ struct FixedRankOptions {
   SketchKey key{};
 };
 
-// Finds an orthonormal basis Q (m x rank) of the range of `a` (m x n) and writes it to `basis`
-// (compute dtype).  `warm`: the previous basis (m x any), for Sketch::warm.  `coefficients`
-// (rank x n, compute dtype, may be a transposed view): receives Q^T a where defined.
-// Returns converged, or zero or nonfinite: then nothing is written.
-Status fixed_rank_range_finder(const at::Tensor& a, const FixedRankOptions& options, const at::Tensor& warm,
-                               const at::Tensor& basis, const at::Tensor& coefficients);
+struct FixedRankResult {
+  Status status;     // converged, or zero or nonfinite: then there is no basis and nothing was written
+  at::Tensor basis;  // m x rank, in the compute dtype
+};
+
+// Finds an orthonormal basis Q of nearly the range of `a` (m x n).  `warm`: the previous basis
+// (m x any), for Sketch::warm.  `coefficients` (rank x n, compute dtype, may be a transposed view):
+// receives Q^T a where defined.
+FixedRankResult fixed_rank_range_finder(const at::Tensor& a, const FixedRankOptions& options,
+                                        const at::Tensor& warm, const at::Tensor& coefficients);
 
 // ||a - Q B||_F / ||a||_F in fp64, from norms where that is accurate, else from the difference itself by
 // tiles.

@@ -9,6 +9,8 @@
 #include <algorithm>
 #include <utility>
 
+#include "kernels.h"
+
 namespace galore_rrf {
 
 at::Tensor householder_basis(const at::Tensor& panel) {
@@ -31,14 +33,17 @@ at::Tensor gram(const at::Tensor& a) {
 at::Tensor inner_basis_(const at::Tensor& panel) {
   const auto [factors, pivots, info] = at::linalg_lu_factor_ex(panel);
   const int64_t width = std::min(panel.size(0), panel.size(1));
-  // Row i was exchanged with row pivots[i] - 1, in order: row i of L belongs to row order[i] of the panel.
-  const at::Tensor order = at::arange(panel.size(0), at::kLong);
-  int64_t* rows = order.mutable_data_ptr<int64_t>();
-  const at::Tensor host_pivots = pivots.cpu();
-  for (int64_t i = 0; i < width; ++i) std::swap(rows[i], rows[host_pivots.const_data_ptr<int32_t>()[i] - 1]);
   at::Tensor lower = factors.narrow(1, 0, width);
   lower.tril_(-1).diagonal().fill_(1);
-  return panel.narrow(1, 0, width).index_copy_(0, order.to(panel.device()), lower);
+  // Row i was exchanged with row pivots[i] - 1, in order; exchanged back from the last to the first.
+  const at::Tensor host_pivots = pivots.cpu();
+  const int32_t* pivot = host_pivots.const_data_ptr<int32_t>();
+  const at::Tensor order = at::arange(panel.size(0), at::kLong);
+  int64_t* source = order.mutable_data_ptr<int64_t>();
+  for (int64_t i = width - 1; i >= 0; --i) std::swap(source[i], source[pivot[i] - 1]);
+  at::Tensor result = panel.narrow(1, 0, width);
+  kernels_for(panel).gather_rows(result, lower, order);
+  return result;
 }
 
 }  // namespace galore_rrf

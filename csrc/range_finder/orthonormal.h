@@ -12,7 +12,8 @@ at::Tensor householder_basis(const at::Tensor& panel);
 // factorisation with partial pivoting, no entry over 1.  It serves where a power step needs its
 // factor orthogonalised only so that no direction drowns in the rounding of the largest, at a third
 // of the time of a Gram matrix in fp64, its Cholesky factor and a triangular solve; and it has full
-// rank whatever the rank of the panel, without a fallback.  Overwrites the panel and returns it.
+// rank whatever the rank of the panel, without a fallback.  Overwrites the panel, which
+// must be column-major, and returns it.
 at::Tensor inner_basis_(const at::Tensor& panel);
 
 // a^T a in fp64, cast by tiles of rows.

@@ -62,7 +62,7 @@ void multiply_out(const at::Tensor& out, const at::Tensor& a, const at::Tensor& 
 }
 
 at::Tensor multiply(const at::Tensor& a, const at::Tensor& b) {
-  const at::Tensor out = at::empty({a.size(0), b.size(1)}, b.options());
+  const at::Tensor out = at::empty({b.size(1), a.size(0)}, b.options()).mT();
   multiply_out(out, a, b);
   return out;
 }

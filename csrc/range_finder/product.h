@@ -15,6 +15,8 @@ at::ScalarType compute_dtype(const at::Tensor& a);
 // out <- a b.  `a` is the large operand (p x k); b (k x q) and out (p x q) have its compute dtype;
 // all may be transposed views.
 void multiply_out(const at::Tensor& out, const at::Tensor& a, const at::Tensor& b);
+
+// a b in column-major order, as LAPACK wants its panels.
 at::Tensor multiply(const at::Tensor& a, const at::Tensor& b);
 
 // w <- beta w + alpha x y, the large operand w (p x q) of any strides and dtype.
