@@ -497,7 +497,6 @@ def test_opcheck(device, refresh, dtype):
             [None] * 3, state.sides, state.keys, [refresh] * 3,
         ),
         dict(ADAM),
-        test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
     )  # fmt: skip
 
 
