@@ -8,9 +8,10 @@
 namespace galore_rrf::GALORE_RRF_LEVEL {
 
 extern const Level level;
-const Level level = {"",
-                     sketch_strip,
-                     {adam_range, squared_norm_range, all_finite_range},
-                     {adam_range, squared_norm_range, all_finite_range}};
+const Level level = {
+    "",
+    sketch_strip,
+    {adam_range, squared_norm_range, all_finite_range, moments_to_variance_range, variance_to_moments_range},
+    {adam_range, squared_norm_range, all_finite_range, moments_to_variance_range, variance_to_moments_range}};
 
 }  // namespace galore_rrf::GALORE_RRF_LEVEL

@@ -23,8 +23,10 @@ std::vector<Level> levels() {
   };
   std::vector<Level> all = {{"dispatched",
                              cpu::sketch_strip,
-                             {cpu::adam_range, cpu::squared_norm_range, cpu::all_finite_range},
-                             {cpu::adam_range, cpu::squared_norm_range, cpu::all_finite_range}},
+                             {cpu::adam_range, cpu::squared_norm_range, cpu::all_finite_range,
+                              cpu::moments_to_variance_range, cpu::variance_to_moments_range},
+                             {cpu::adam_range, cpu::squared_norm_range, cpu::all_finite_range,
+                              cpu::moments_to_variance_range, cpu::variance_to_moments_range}},
                             named("baseline", kernels_baseline::level)};
 #if defined(__x86_64__)
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {

@@ -15,6 +15,8 @@ struct Loops {
   void (*adam_range)(T*, T*, T*, int64_t, AdamElement<T>);
   double (*squared_norm_range)(const T*, int64_t);
   bool (*all_finite_range)(const T*, int64_t);
+  void (*moments_to_variance_range)(T*, T*, const T*, const T*, int64_t, T, T);
+  void (*variance_to_moments_range)(T*, T*, const T*, const T*, int64_t, T, T);
 };
 
 struct Level {

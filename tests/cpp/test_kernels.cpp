@@ -119,6 +119,31 @@ void check_all_finite(const Level& level) {
   }
 }
 
+template <class T>
+void check_rotation_loops(const Level& level) {
+  for (const int64_t n : {0, 1, 7, 16, 33, 129}) {
+    std::vector<T> m, v, mean(static_cast<size_t>(n) + 1, 9), variance(mean), m2(mean), v2(mean);
+    for (int64_t i = 0; i <= n; ++i) {
+      m.push_back(static_cast<T>(std::sin(i)));
+      v.push_back(static_cast<T>(1 + std::cos(3 * i)));
+    }
+    level.loops<T>().moments_to_variance_range(mean.data(), variance.data(), m.data(), v.data(), n, T{4},
+                                               T{2});
+    for (size_t i = 0; i < static_cast<size_t>(n); ++i) {
+      CHECK(mean[i] == 4 * m[i]);
+      CHECK(variance[i] == 2 * v[i] - mean[i] * mean[i]);
+      variance[i] = -variance[i];  // so that the absolute value tells
+    }
+    level.loops<T>().variance_to_moments_range(m2.data(), v2.data(), mean.data(), variance.data(), n, T{0.5},
+                                               T{0.25});
+    for (size_t i = 0; i < static_cast<size_t>(n); ++i) {
+      CHECK(m2[i] == mean[i] / 2);
+      CHECK(v2[i] == std::abs(variance[i] + mean[i] * mean[i]) / 4);
+    }
+    for (const auto& out : {mean, variance, m2, v2}) CHECK(out.back() == 9);
+  }
+}
+
 }  // namespace
 
 TEST_CASE("sketch_strip equals sketch_entries at every width, stride and instruction set") {
@@ -169,6 +194,14 @@ TEST_CASE("all_finite_range finds infinities and NaNs wherever they are") {
     INFO(level.name);
     check_all_finite<float>(level);
     check_all_finite<double>(level);
+  }
+}
+
+TEST_CASE("moments become mean and variance and come back at every length and instruction set") {
+  for (const Level& level : levels()) {
+    INFO(level.name);
+    check_rotation_loops<float>(level);
+    check_rotation_loops<double>(level);
   }
 }
 
