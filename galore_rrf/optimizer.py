@@ -273,14 +273,20 @@ class GaLoreAdamW(AdamW):
             projected.extend(checkpoint.projected_states(self.param_groups, groups, loaded["state"]))
             return {**loaded, "param_groups": groups}
 
+        self._loading = projected
         handle = self.register_load_state_dict_pre_hook(validate)  # after the user's
         try:
             super().load_state_dict(state_dict)
         finally:
             handle.remove()
-        # The base class casts to the dtype of the weights.
-        for p, state in projected:
-            self.state[p] = state
+            del self._loading
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Ends unpickling and loading; what is loaded comes from the file, not from the base class, which has
+        cast it to the dtype of the weights."""
+        super().__setstate__(state)
+        for p, loaded in getattr(self, "_loading", ()):
+            self.state[p] = loaded
 
 
 def _did_you_mean(key: str) -> str:

@@ -297,3 +297,17 @@ def test_state_dict_before_the_first_step():
     w.grad = gradient(tuple(w.shape), 0)
     other.step()
     check_state(w, other.state[w], 6)
+
+
+def test_load_hooks_see_the_state_as_it_will_train():
+    """Guards against post hooks that find fp32 moments already cast to the dtype of the weights."""
+    p = torch.randn(12, 8).bfloat16().requires_grad_()
+    p.grad = torch.randn(12, 8).bfloat16()
+    opt = GaLoreAdamW([{"params": [p], "rank": 4}])
+    opt.step()
+    expected = opt.state[p]["exp_avg"].clone()
+    seen = []
+    opt.register_load_state_dict_post_hook(lambda o: seen.append(o.state[p]["exp_avg"].clone()))
+    opt.load_state_dict(opt.state_dict())
+    assert seen[0].dtype == torch.float32
+    assert torch.equal(seen[0], expected)
