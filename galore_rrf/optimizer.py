@@ -290,7 +290,7 @@ class GaLoreAdamW(AdamW):
 
 
 def _did_you_mean(key: str) -> str:
-    close = get_close_matches(key, SubspaceKeys.__annotations__, n=1, cutoff=0.8)
+    close = get_close_matches(key, SubspaceKeys.__annotations__, n=1, cutoff=0.75)
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 

@@ -30,6 +30,9 @@ class Status(IntEnum):
     nonfinite = 4
     """The matrix has a NaN or infinite entry; basis and coefficients are zero."""
 
+    def __str__(self) -> str:
+        return self.name
+
 
 @dataclass(frozen=True)
 class RangeFinderResult:

@@ -346,3 +346,8 @@ def test_not_differentiable_and_says_so(method):
     result = find(method, a)
     with pytest.raises((RuntimeError, NotImplementedError), match=r"not implemented|differentiable"):
         result.basis.sum().backward()
+
+
+def test_status_prints_as_its_name():
+    """Guards against a bare number where a person reads it."""
+    assert f"{find('adaptive', decaying(40, 30)).status}" == "converged"
