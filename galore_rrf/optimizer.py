@@ -119,19 +119,20 @@ class GaLoreAdamW(AdamW):
             with torch.enable_grad():
                 loss = closure()
         work = [(group, SubspaceOptions.of(group), *_split(group)) for group in self.param_groups]
-        found_inf = getattr(self, "found_inf", None)
-        if found_inf is None or not bool(found_inf):  # GradScaler skips such a step itself
+        # With ``fused=True`` GradScaler leaves unscaling and skipping to the optimizer; torch's plain path does both.
+        found_inf, grad_scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
+        skip = found_inf is not None and bool(found_inf)
+        if not skip:
             for group, options, projected, _ in work:
                 _check_gradients(group, options, projected)
-        if self._unscale([p for _, _, projected, _ in work for p in projected]):
-            for group, options, projected, plain in work:
-                self._plain_step(group, plain)
-                if projected:
-                    with torch.autocast(projected[0].device.type, enabled=False):
-                        self._projected_step(group, options, projected)
-        else:
-            for group, _, _, plain in work:
-                self._plain_step(group, plain)
+        for group, options, projected, plain in work:
+            self._plain_step(group, plain)
+            if projected and not skip:
+                if grad_scale is not None:
+                    for p in projected:
+                        _grad(p).div_(grad_scale)
+                with torch.autocast(projected[0].device.type, enabled=False):
+                    self._projected_step(group, options, projected)
         return loss
 
     def _plain_step(self, group: dict[str, Any], params: list[Tensor]) -> None:
@@ -171,23 +172,9 @@ class GaLoreAdamW(AdamW):
             maximize=group["maximize"],
         )
 
-    def _unscale(self, params: list[Tensor]) -> bool:
-        """GradScaler leaves unscaling and skipping to an optimizer with ``fused=True``; torch's plain
-        path does both itself.  Returns whether the projected parameters are to take the step."""
-        found_inf, grad_scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
-        if found_inf is not None and bool(found_inf):
-            return False
-        if grad_scale is not None:
-            for p in params:
-                assert p.grad is not None
-                p.grad.div_(grad_scale)
-        return True
-
     @torch.no_grad()
     def _projected_step(self, group: dict[str, Any], options: SubspaceOptions, params: list[Tensor]) -> None:
         """Refreshes that change shapes first, a matrix at a time; then all others in one call."""
-        if not params:
-            return
         self._init_projected(params, options)
         together = []
         for p in params:

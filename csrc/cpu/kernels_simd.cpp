@@ -1,12 +1,12 @@
 // The loops of the CPU kernels.  No ATen here: this file is compiled for several instruction sets
 // (simd.h), and every one computes the same bits, since nothing is contracted or reassociated.
 #include <bit>
-#include <cmath>
 #include <cstdint>
 
 #include "cpu/moments.h"
 #include "cpu/simd.h"
 #include "cpu/sketch.h"
+#include "math/rotation.h"
 
 namespace galore_rrf::cpu {
 
@@ -46,8 +46,7 @@ GALORE_RRF_SIMD_CLONES
 void moments_to_variance_range(float* __restrict mean, float* __restrict variance, const float* __restrict m,
                                const float* __restrict v, int64_t n, float inverse1, float inverse2) {
   for (int64_t i = 0; i < n; ++i) {
-    mean[i] = m[i] * inverse1;
-    variance[i] = v[i] * inverse2 - mean[i] * mean[i];
+    moments_to_variance(m[i], v[i], inverse1, inverse2, mean[i], variance[i]);
   }
 }
 
@@ -56,8 +55,7 @@ void variance_to_moments_range(float* __restrict m, float* __restrict v, const f
                                const float* __restrict variance, int64_t n, float correction1,
                                float correction2) {
   for (int64_t i = 0; i < n; ++i) {
-    m[i] = mean[i] * correction1;
-    v[i] = std::abs(variance[i] + mean[i] * mean[i]) * correction2;
+    variance_to_moments(mean[i], variance[i], correction1, correction2, m[i], v[i]);
   }
 }
 
@@ -66,8 +64,7 @@ void moments_to_variance_range(double* __restrict mean, double* __restrict varia
                                const double* __restrict m, const double* __restrict v, int64_t n,
                                double inverse1, double inverse2) {
   for (int64_t i = 0; i < n; ++i) {
-    mean[i] = m[i] * inverse1;
-    variance[i] = v[i] * inverse2 - mean[i] * mean[i];
+    moments_to_variance(m[i], v[i], inverse1, inverse2, mean[i], variance[i]);
   }
 }
 
@@ -76,8 +73,7 @@ void variance_to_moments_range(double* __restrict m, double* __restrict v, const
                                const double* __restrict variance, int64_t n, double correction1,
                                double correction2) {
   for (int64_t i = 0; i < n; ++i) {
-    m[i] = mean[i] * correction1;
-    v[i] = std::abs(variance[i] + mean[i] * mean[i]) * correction2;
+    variance_to_moments(mean[i], variance[i], correction1, correction2, m[i], v[i]);
   }
 }
 

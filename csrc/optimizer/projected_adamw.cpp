@@ -6,7 +6,7 @@
 #include <algorithm>
 #include <cmath>
 #include <new>
-#include <string>
+#include <string_view>
 
 #include "kernels.h"
 #include "optimizer/rotate.h"

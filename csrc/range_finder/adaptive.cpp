@@ -1,7 +1,6 @@
 #include "range_finder/adaptive.h"
 
 #include <ATen/ops/empty.h>
-#include <ATen/ops/eye.h>
 #include <ATen/ops/zeros.h>
 
 #include <algorithm>
@@ -22,15 +21,11 @@ namespace {
 constexpr int64_t kTallExtra = 16;
 
 at::Tensor sketch_of(const at::Tensor& rest, const AdaptiveOptions& options, int64_t first, int64_t width) {
-  const Kernels& kernels = kernels_for(rest);
-  if (options.sketch == Sketch::half_power) {
-    const at::Tensor omega = at::empty({rest.size(0), width}, rest.options());
-    kernels.fill_sketch(omega, options.key, 0, first);
-    return multiply(rest, inner_basis_(multiply(rest.mT(), omega)));
-  }
-  const at::Tensor omega = at::empty({rest.size(1), width}, rest.options());
-  kernels.fill_sketch(omega, options.key, 0, first);
-  return multiply(rest, omega);
+  const bool half_power = options.sketch == Sketch::half_power;
+  at::Tensor x = at::empty({rest.size(half_power ? 0 : 1), width}, rest.options());
+  kernels_for(rest).fill_sketch(x, options.key, 0, first);
+  if (half_power) x = inner_basis_(multiply(rest.mT(), x));
+  return multiply(rest, x);
 }
 
 // Q = H_1 ... H_k I(:, :rank), applied from the last to the first, each to the columns it touches.

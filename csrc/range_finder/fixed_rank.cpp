@@ -6,7 +6,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <limits>
 
 #include "kernels.h"
 #include "range_finder/energy_order.h"
