@@ -1,6 +1,7 @@
 # Everyday commands; `make help` lists them.  PYTHON, 3.11 or later, is what .venv is made with.
 PYTHON ?= python3
 PYTEST_ARGS ?=
+PRETRAIN_ARGS ?=
 MAX_JOBS ?= $(shell nproc)
 export MAX_JOBS
 
@@ -13,12 +14,15 @@ INSTALLED := build/installed.stamp
 
 CPP := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp tests/cpp/*.h tests/cpp/*.cpp)
 
-.PHONY: help install test check bench lint format wheel clean
+.PHONY: help install test check pretrain bench lint format wheel clean
 
 help:  ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 install: $(INSTALLED)  ## make .venv with all that is needed, build the extension, install the package (editable)
+
+pretrain: $(INSTALLED)  ## pretrain a 60M Llama on the source text of Python's standard library, ten minutes
+	python examples/pretrain_llama.py $(PRETRAIN_ARGS)
 
 test: $(INSTALLED)  ## the everyday tests (PYTEST_ARGS="-k sketch -x" to choose)
 	python -m pytest -m "not slow" $(PYTEST_ARGS)
@@ -49,7 +53,7 @@ clean:  ## remove all that was built; .venv stays
 
 $(REQUIREMENTS): $(wildcard requirements/*.txt)
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
-	python -m pip install --quiet -r requirements/build.txt -r requirements/dev.txt
+	python -m pip install --quiet -r requirements/build.txt -r requirements/dev.txt -r requirements/train.txt
 	python -m pip install --quiet --no-deps -r requirements/no-deps.txt
 	# Headers only, so that their wheel's Requires-Python does not matter.
 	python -m pip install --quiet --no-deps --ignore-requires-python --upgrade \

@@ -66,7 +66,8 @@ struct Batch {
   // Equal costs: with at least as many matrices as threads, a matrix a thread.
   template <class F>
   void for_each(const F& f) const {
-    for_each_in_parallel(std::vector<double>(static_cast<size_t>(count()), 1.0), f);
+    for_each_in_parallel(std::vector<double>(static_cast<size_t>(count()), 1.0),
+                         [&](int64_t i, int64_t) { f(i); });
   }
 };
 
@@ -249,7 +250,8 @@ at::Tensor projected_adamw_op(at::TensorList params, at::TensorList grads, at::T
                               at::IntArrayRef keys, at::IntArrayRef refreshes, double lr, double beta1,
                               double beta2, double eps, double weight_decay, double scale, bool maximize,
                               c10::string_view arithmetic, c10::string_view sketch, int64_t power,
-                              int64_t oversampling, c10::string_view moments, int64_t seed) {
+                              int64_t oversampling, c10::string_view moments, int64_t seed,
+                              const std::optional<at::Tensor>& refresh_seconds) {
   const NoAutocast no_autocast;
   const size_t count = params.size();
   for (const size_t size : {grads.size(), exp_avgs.size(), exp_avg_sqs.size(), bases.size(), steps.size(),
@@ -259,6 +261,11 @@ at::Tensor projected_adamw_op(at::TensorList params, at::TensorList grads, at::T
   }
   TORCH_CHECK_VALUE(oversampling >= 0, "Invalid oversampling: ", oversampling, " (must not be negative)");
   TORCH_CHECK_VALUE(power >= 0, "Invalid power: ", power, " (must not be negative)");
+  const at::Tensor seconds = refresh_seconds.value_or(at::Tensor());
+  TORCH_CHECK_VALUE(!seconds.defined() || (seconds.device().is_cpu() && seconds.scalar_type() == at::kDouble &&
+                                           seconds.is_contiguous() &&
+                                           seconds.sizes() == at::IntArrayRef(static_cast<int64_t>(count))),
+                    "refresh_seconds must be ", count, " contiguous float64 numbers on the CPU");
   std::vector<ProjectedParameter> parameters(count);
   for (size_t i = 0; i < count; ++i) {
     sketch_key(seed, keys[i], std::max<int64_t>(refreshes[i], 0));
@@ -288,7 +295,8 @@ at::Tensor projected_adamw_op(at::TensorList params, at::TensorList grads, at::T
                         .power = power,
                         .oversampling = oversampling,
                         .moments = moments_from_name({moments.data(), moments.size()}),
-                        .seed = static_cast<uint64_t>(seed)});
+                        .seed = static_cast<uint64_t>(seed)},
+                       seconds);
   // The work is done below autograd, which must still see that these have changed.
   for (const at::TensorList list : {params, exp_avgs, exp_avg_sqs, bases, steps}) {
     for (const at::Tensor& t : list) {
@@ -360,7 +368,7 @@ TORCH_LIBRARY(galore_rrf, m) {
       "Tensor(d!)[] bases, Tensor(e!)[] steps, Tensor?[] coefficients, int[] sides, int[] keys, "
       "int[] refreshes, *, float lr, float beta1, float beta2, float eps, float weight_decay, float scale, "
       "bool maximize=False, str arithmetic=\"torch\", str sketch=\"warm\", int power=1, int oversampling=0, "
-      "str moments=\"rotate\", int seed=0) -> Tensor");
+      "str moments=\"rotate\", int seed=0, Tensor(f!)? refresh_seconds=None) -> Tensor");
   m.def("rotate_moments(Tensor exp_avg, Tensor exp_avg_sq, Tensor basis, Tensor new_basis, int side, "
         "float bias_correction1, float bias_correction2) -> (Tensor, Tensor)");
 }

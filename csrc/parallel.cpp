@@ -9,7 +9,7 @@
 
 namespace galore_rrf {
 
-void for_each_in_parallel(const std::vector<double>& costs, const std::function<void(int64_t)>& work) {
+void for_each_in_parallel(const std::vector<double>& costs, const std::function<void(int64_t, int64_t)>& work) {
   const int64_t count = static_cast<int64_t>(costs.size());
   const int64_t threads = at::in_parallel_region() ? 1 : at::get_num_threads();
   std::vector<int64_t> order(costs.size());
@@ -23,15 +23,16 @@ void for_each_in_parallel(const std::vector<double>& costs, const std::function<
   for (; first < count; ++first) {
     const double cost = costs[static_cast<size_t>(order[static_cast<size_t>(first)])];
     if (threads > 1 && cost * static_cast<double>(threads) <= remaining) break;
-    work(order[static_cast<size_t>(first)]);
+    work(order[static_cast<size_t>(first)], 1);
     remaining -= cost;
   }
 
   std::atomic<int64_t> next{first};
-  at::parallel_for(0, std::min(threads, count - first), 1, [&](int64_t, int64_t) {
+  const int64_t abreast = std::min(threads, count - first);
+  at::parallel_for(0, abreast, 1, [&](int64_t, int64_t) {
     // Worker threads do not inherit the caller's dispatch state: no autograd in here.
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
-    for (int64_t i = next++; i < count; i = next++) work(order[static_cast<size_t>(i)]);
+    for (int64_t i = next++; i < count; i = next++) work(order[static_cast<size_t>(i)], abreast);
   });
 }
 

@@ -152,6 +152,7 @@ def projected_adamw_(
     oversampling: int = 0,
     moments: str = "rotate",
     seed: int = 0,
+    refresh_seconds: Tensor | None = None,
 ) -> Tensor:
     """One projected AdamW step (GaLore, algorithm 2) of a list of matrices, in place, in one call.
 
@@ -168,6 +169,8 @@ def projected_adamw_(
     `steps` scalars on the CPU.  A basis of zeros means none yet: such a matrix is refreshed at once.
     `coefficients[i]`: R from a refresh made elsewhere, whose basis is in `bases` already.
     `keys[i]`: the matrix id of the test matrix, of a stack's first.
+    `refresh_seconds` (fp64, one number a parameter, on the CPU): the wall-clock time of each parameter's
+    refresh is added to it; that of k matrices refreshed side by side counts for 1/k each.
 
     Returns one uint8 a parameter: 0 skipped (non-finite gradient, nothing written), 1 stepped, 2 stepped
     in a new subspace, 3 weight decay alone (zero gradient and no basis yet; not counted as a step).
@@ -197,6 +200,7 @@ def projected_adamw_(
         oversampling=oversampling,
         moments=moments,
         seed=seed,
+        refresh_seconds=refresh_seconds,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from difflib import get_close_matches
@@ -52,6 +53,8 @@ class GaLoreAdamW(AdamW):
     Raises:
         ValueError, TypeError: naming the argument, its value and what is allowed.
     """
+
+    _refresh_seconds = 0.0  # of the class, since copies and unpickled optimizers begin there
 
     def __init__(
         self,
@@ -106,6 +109,11 @@ class GaLoreAdamW(AdamW):
             raise ValueError("a group with tolerance needs a rank, which is its cap")
         _check_group({**self.defaults, **param_group, **keys})
         super().add_param_group({**param_group, **keys})
+
+    @property
+    def refresh_seconds(self) -> float:
+        """Wall-clock seconds that refreshes have taken in this object's steps; no part of its state."""
+        return self._refresh_seconds
 
     @_use_grad_for_differentiable
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -183,7 +191,9 @@ class GaLoreAdamW(AdamW):
             if due and not refreshed_in_step(state, options):
                 grad = as_matrices(_grad(p))
                 beta1, beta2 = map(float, group["betas"])
+                start = time.perf_counter()
                 projected = refresh(state, grad, options, (beta1, beta2))
+                self._refresh_seconds += time.perf_counter() - start
                 self._call(group, options, [p], [-1], [projected])
             else:
                 together.append((p, state["refreshes"] if due else -1))
@@ -202,6 +212,7 @@ class GaLoreAdamW(AdamW):
         weights = [as_matrices(p) for p in params]
         taken = [int(state["step"]) for state in states]
         beta1, beta2 = group["betas"]
+        seconds = torch.zeros(len(params), dtype=torch.float64)
         outcomes = ops.projected_adamw_(
             weights,
             [as_matrices(_grad(p)) for p in params],
@@ -226,7 +237,9 @@ class GaLoreAdamW(AdamW):
             oversampling=options.oversampling,
             moments=options.moments,
             seed=options.seed,
+            refresh_seconds=seconds,
         ).tolist()
+        self._refresh_seconds += float(seconds.sum())
         for p, weight, state, step, outcome in zip(params, weights, states, taken, outcomes, strict=True):
             if weight.data_ptr() != p.data_ptr():  # unfolded from a layout that has no view as a matrix
                 p.copy_(weight.view(p.shape))

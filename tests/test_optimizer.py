@@ -1,8 +1,10 @@
 """GaLoreAdamW while it trains: plain groups, the refresh schedule, tolerance, state, memory, learning."""
 
+import copy
 import os
 import subprocess
 import sys
+import time
 import warnings
 
 import pytest
@@ -455,6 +457,25 @@ def test_seed_decides_and_the_global_generator_is_left_alone(seed):
         results.append(opt.state[w]["basis"])
     assert same(results[0], results[1])
     assert not same(results[0], results[2])
+
+
+@pytest.mark.parametrize("keys", [{}, {"projector": "svd"}, {"tolerance": 0.3}], ids=str)
+def test_refresh_seconds_grow_with_refreshes_alone(keys):
+    """Guards against a clock that misses a kind of refresh, runs without one, or ends up in the state."""
+    w = weight("default")
+    opt = GaLoreAdamW([{"params": [w], "rank": 6, "update_proj_gap": 3, **keys}])
+    assert opt.refresh_seconds == 0
+    seconds = []
+    for step in range(7):
+        start = time.perf_counter()
+        train(opt, [w], [step])
+        took = time.perf_counter() - start
+        seconds.append(opt.refresh_seconds)
+        assert sum(seconds[-1:]) - sum(seconds[-2:-1]) < took
+    assert seconds[0] > 0
+    assert seconds[0] == seconds[2] < seconds[3] == seconds[5] < seconds[6]
+    assert copy.deepcopy(opt).refresh_seconds == 0
+    assert not any("seconds" in key for key in opt.state[w])
 
 
 def test_noncontiguous_weights_and_gradients():

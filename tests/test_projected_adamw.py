@@ -10,6 +10,7 @@ gradients.  Adam's division is by sqrt(v) + eps: eps = 0.03 keeps what rounding 
 import copy
 import itertools
 import math
+import time
 
 import pytest
 import torch
@@ -431,6 +432,23 @@ def test_writes_are_counted(device):
         loss.backward()
 
 
+def test_refresh_seconds(device):
+    """Guards against refreshes that are timed where there are none, not added up, or more than the whole call."""
+    state = State(MIXED, torch.float32, device=device)
+    seconds = torch.zeros(len(MIXED), dtype=torch.float64)
+    start = time.perf_counter()
+    state.step(projected_adamw_, state.grads(0), 0, refresh_seconds=seconds)
+    assert bool((seconds > 0).all())
+    assert float(seconds.sum()) < time.perf_counter() - start
+    first = seconds.clone()
+    state.step(projected_adamw_, state.grads(1), -1, refresh_seconds=seconds)
+    assert torch.equal(seconds, first)
+    refreshes = [1, *[-1] * (len(MIXED) - 1)]
+    state.step(projected_adamw_, state.grads(2), refreshes, refresh_seconds=seconds)
+    assert float(seconds[0]) > float(first[0])
+    assert torch.equal(seconds[1:], first[1:])
+
+
 def replaced(name, value):
     def change(arguments):
         arguments[name] = value
@@ -466,6 +484,8 @@ def replaced(name, value):
         (ValueError, "oversampling", replaced("oversampling", -1)),
         (ValueError, "power", replaced("power", -1)),
         (ValueError, "seed", replaced("seed", -1)),
+        (ValueError, "refresh_seconds", replaced("refresh_seconds", torch.zeros(1))),
+        (ValueError, "refresh_seconds", replaced("refresh_seconds", torch.zeros(2, dtype=torch.float64))),
         (ValueError, "matrices", replaced("params", [torch.ones(5)])),
         (TypeError, "floating-point", replaced("params", [torch.ones(5, 4, dtype=torch.complex64)])),
     ],

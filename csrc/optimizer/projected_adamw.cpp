@@ -4,6 +4,7 @@
 #include <c10/util/Exception.h>
 
 #include <algorithm>
+#include <chrono>
 #include <cmath>
 #include <new>
 #include <string_view>
@@ -52,11 +53,26 @@ bool has_basis(const Matrix& x) {
   return column.select(0, 0).item().toDouble() != 0 || column.ne(0).any().item<bool>();
 }
 
+// Adds its lifetime, in seconds, to a sum.
+class Stopwatch {
+ public:
+  explicit Stopwatch(double& sum) : sum_(sum) {}
+  ~Stopwatch() { sum_ += std::chrono::duration<double>(Clock::now() - start_).count(); }
+  Stopwatch(const Stopwatch&) = delete;
+  Stopwatch& operator=(const Stopwatch&) = delete;
+
+ private:
+  using Clock = std::chrono::steady_clock;
+  double& sum_;
+  const Clock::time_point start_ = Clock::now();
+};
+
 class Step {
  public:
   Step(const AdamWOptions& adamw, const RefreshOptions& refresh) : adamw_(adamw), refresh_(refresh) {}
 
-  Outcome operator()(const Matrix& x) const {
+  // Adds the seconds of a refresh to `refresh_seconds`.
+  Outcome operator()(const Matrix& x, double& refresh_seconds) const {
     if (x.grad.numel() == 0) return Outcome::stepped;
     // In the layout of the moments, so that the Adam element runs over three equal arrays.
     const at::Tensor projected = at::empty_like(x.exp_avg);
@@ -65,7 +81,7 @@ class Step {
       projected.copy_(x.coefficients);
       outcome = finite(projected) ? Outcome::refreshed : Outcome::skipped;
     } else {
-      outcome = project(x, projected);
+      outcome = project(x, projected, refresh_seconds);
     }
     if (outcome == Outcome::stepped || outcome == Outcome::refreshed) apply(x, projected);
     if (outcome == Outcome::decayed) decay(x);
@@ -74,9 +90,10 @@ class Step {
 
  private:
   // R = Q^T G, in a new subspace where one is due.
-  Outcome project(const Matrix& x, const at::Tensor& projected) const {
+  Outcome project(const Matrix& x, const at::Tensor& projected, double& refresh_seconds) const {
     const bool known = has_basis(x);
     if (x.refresh >= 0 || !known) {
+      const Stopwatch stopwatch(refresh_seconds);
       try {
         return refresh(x, projected, known);
       } catch (const c10::Error& error) {
@@ -162,7 +179,8 @@ Moments moments_from_name(std::string_view name) {
 }
 
 std::vector<Outcome> projected_adamw_(const std::vector<ProjectedParameter>& parameters,
-                                      const AdamWOptions& adamw, const RefreshOptions& refresh) {
+                                      const AdamWOptions& adamw, const RefreshOptions& refresh,
+                                      const at::Tensor& refresh_seconds) {
   std::vector<Matrix> matrices;
   std::vector<size_t> owner;
   std::vector<double> costs;
@@ -179,8 +197,12 @@ std::vector<Outcome> projected_adamw_(const std::vector<ProjectedParameter>& par
 
   const Step step(adamw, refresh);
   std::vector<Outcome> outcomes(matrices.size(), Outcome::skipped);
-  for_each_in_parallel(
-      costs, [&](int64_t i) { outcomes[static_cast<size_t>(i)] = step(matrices[static_cast<size_t>(i)]); });
+  std::vector<double> seconds(matrices.size(), 0.0);
+  for_each_in_parallel(costs, [&](int64_t i, int64_t abreast) {
+    const auto k = static_cast<size_t>(i);
+    outcomes[k] = step(matrices[k], seconds[k]);
+    seconds[k] /= static_cast<double>(abreast);
+  });
 
   // A stack keeps one clock: it has refreshed or stepped if any of its matrices has.
   const auto rank = [](Outcome o) {
@@ -189,6 +211,7 @@ std::vector<Outcome> projected_adamw_(const std::vector<ProjectedParameter>& par
   std::vector<Outcome> result(parameters.size(), Outcome::skipped);
   for (size_t i = 0; i < matrices.size(); ++i) {
     if (rank(outcomes[i]) > rank(result[owner[i]])) result[owner[i]] = outcomes[i];
+    if (refresh_seconds.defined()) refresh_seconds.mutable_data_ptr<double>()[owner[i]] += seconds[i];
   }
   for (size_t i = 0; i < parameters.size(); ++i) {
     if (result[i] == Outcome::stepped || result[i] == Outcome::refreshed) {

@@ -55,7 +55,11 @@ enum class Outcome : uint8_t {
 // Every matrix is one piece of work for one thread (parallel.h).  Beside the projected gradient of
 // each matrix in flight nothing of its long side is allocated, but for the test matrix and the
 // panels of a refresh.  Nothing of a matrix is written before its projected gradient is known to be finite.
+//
+// Where refresh_seconds is defined (fp64, one number a parameter, on the CPU), the wall-clock time of each
+// parameter's refresh is added to it; that of k matrices abreast counts for 1/k each.
 std::vector<Outcome> projected_adamw_(const std::vector<ProjectedParameter>& parameters,
-                                      const AdamWOptions& adamw, const RefreshOptions& refresh);
+                                      const AdamWOptions& adamw, const RefreshOptions& refresh,
+                                      const at::Tensor& refresh_seconds = {});
 
 }  // namespace galore_rrf

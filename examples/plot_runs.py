@@ -1,0 +1,31 @@
+"""Overlays the curves of runs of pretrain_llama.py, ended or not, and prints a table of them."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from pretrain.errors import UserError
+from pretrain.plots import plot_curves
+from pretrain.runs import read_runs, runs_table
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run")
+    parser.add_argument("--out", type=Path, default=Path("curves.png"), help="PNG to write (%(default)s)")
+    args = parser.parse_args()
+    try:
+        runs = read_runs(args.runs)
+        plot_curves(runs, args.out)
+    except UserError as error:
+        print(f"plot_runs.py: {error}", file=sys.stderr)
+        return 2
+    print(runs_table(runs))
+    print(f"\nCurves: {args.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

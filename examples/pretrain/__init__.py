@@ -1,0 +1,1 @@
+"""Pretraining a Llama from scratch, with the optimizers that GaLore is compared with."""

@@ -1,0 +1,375 @@
+"""The configuration of a run: YAML files, then command-line overrides, checked as a whole."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
+
+import yaml
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    model_validator,
+)
+from pydantic_settings import BaseSettings, CliSettingsSource, SettingsConfigDict, SettingsError
+
+from pretrain.errors import UserError
+
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
+class ModelConfig(BaseModel):
+    """Fields of transformers.LlamaConfig, by its own names; those not listed here are taken too."""
+
+    model_config = ConfigDict(extra="allow", frozen=True, use_attribute_docstrings=True)
+
+    vocab_size: PositiveInt = 32000
+    """tokens; the tokenizer is trained to as many unless one is given"""
+    hidden_size: PositiveInt = 512
+    """width of the residual stream"""
+    intermediate_size: PositiveInt = 1376
+    """width inside the MLP"""
+    num_hidden_layers: PositiveInt = 8
+    """blocks of attention and MLP"""
+    num_attention_heads: PositiveInt = 8
+    """heads; divides hidden_size"""
+    rms_norm_eps: PositiveFloat = 1e-6
+    """added to the mean square in every norm"""
+    max_position_embeddings: PositiveInt = 1024
+    """longest sequence"""
+    initializer_range: PositiveFloat = 0.02
+    """standard deviation of the initial weights"""
+    tie_word_embeddings: bool = False
+    """whether embedding and head share their weights"""
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> ModelConfig:
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"hidden_size {self.hidden_size} is no multiple of num_attention_heads {self.num_attention_heads}"
+            )
+        return self
+
+
+class OptimizerConfig(BaseModel):
+    """What moves the weights."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    name: Literal["adamw", "galore", "galore_svd", "lora"] = "galore"
+    """adamw: torch's; galore: GaLoreAdamW on the range finder; galore_svd: its exact SVD, on the published
+    schedule; lora: adapters (peft) beside frozen attention and MLP matrices"""
+    lr: PositiveFloat = 0.01
+    """peak learning rate of the matrices inside attention and MLP (lora: of the adapters)"""
+    plain_lr: PositiveFloat | None = None
+    """peak learning rate of all other parameters, always plain AdamW; by default that of the matrices"""
+    beta1: Beta = 0.9
+    """decay rate of the first moment"""
+    beta2: Beta = 0.999
+    """decay rate of the second moment"""
+    eps: PositiveFloat = 1e-8
+    """added to the root of the second moment"""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """decoupled weight decay"""
+    rank: PositiveInt = 128
+    """galore, galore_svd: columns of the basis, or with tolerance their cap; lora: width of the adapters"""
+    tolerance: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """galore: at each refresh the smallest rank with this relative residual"""
+    preset: Literal["default", "published"] | None = None
+    """galore: the defaults of all keys below (galore_svd: always published)"""
+    update_proj_gap: PositiveInt | None = None
+    """galore, galore_svd: steps between refreshes of the subspace"""
+    scale: float | None = None
+    """galore, galore_svd: factor on the projected update"""
+    sketch: Literal["warm", "plain", "half_power", "power"] | None = None
+    """galore: how the range finder samples the gradient"""
+    moments: Literal["rotate", "keep"] | None = None
+    """galore, galore_svd: what becomes of the moments at a refresh"""
+    proj_type: Literal["std", "reverse_std", "left", "right"] | None = None
+    """galore, galore_svd: the side that is projected"""
+    lora_alpha: PositiveFloat = 32.0
+    """lora: the adapters' product is multiplied by lora_alpha / rank"""
+
+    _USED_BY: ClassVar[dict[str, tuple[str, ...]]] = {
+        "rank": ("galore", "galore_svd", "lora"),
+        "tolerance": ("galore",),
+        "preset": ("galore",),
+        "update_proj_gap": ("galore", "galore_svd"),
+        "scale": ("galore", "galore_svd"),
+        "sketch": ("galore",),
+        "moments": ("galore", "galore_svd"),
+        "proj_type": ("galore", "galore_svd"),
+        "lora_alpha": ("lora",),
+    }
+
+    def without_effect(self) -> list[str]:
+        """Fields that were set and that this optimizer has no use for."""
+        defaults = type(self)()
+        return [
+            field
+            for field, names in self._USED_BY.items()
+            if self.name not in names and getattr(self, field) != getattr(defaults, field)
+        ]
+
+
+class DatasetConfig(BaseModel):
+    """A text dataset of the Hugging Face hub (or on disk), streamed, and tokenised once."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    path: str
+    """as of datasets.load_dataset: "allenai/c4", "json", ..."""
+    name: str | None = None
+    """its configuration: "en" """
+    data_files: str | None = None
+    """files of a generic path such as "json"; patterns are allowed"""
+    split: str = "train"
+    """trained on"""
+    held_out_split: str | None = "validation"
+    """validated on; none: a part of the training split (held_out)"""
+    text: str = "text"
+    """the column with the text"""
+    tokens: PositiveInt = 1_400_000_000
+    """tokens to stream and keep"""
+    held_out_tokens: PositiveInt = 20_000_000
+    """tokens to stream and keep for validation"""
+
+
+class Config(BaseModel):
+    """Pretrains a Llama on text; every field is a key of the YAML files and an option here."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    out: Path | None = None
+    """folder of the run, which must not exist or be empty; else runs/ and the name of the last config, dated"""
+
+    data: list[Path] = []
+    """files and folders of text, JSON lines, either also .gz; again for more; else the source text of this
+    Python's standard library"""
+    dataset: DatasetConfig | None = None
+    """stream a dataset instead"""
+    held_out: Annotated[float, Field(gt=0, le=0.5)] = 0.02
+    """share of the documents that are validated on and never trained on, chosen by their content"""
+    tokenizer: str | None = None
+    """tokenizer.json, or folder or hub name of a Hugging Face tokenizer; else a byte-level BPE of
+    model.vocab_size tokens trained on the text"""
+    cache: Path = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "galore_rrf"
+    """where tokenizers and tokenised text are kept"""
+
+    model: ModelConfig = ModelConfig()
+    """the Llama"""
+    optimizer: OptimizerConfig = OptimizerConfig()
+    """the optimizer"""
+
+    sequence_length: PositiveInt = 256
+    """tokens that a sequence predicts"""
+    batch: PositiveInt = 512
+    """sequences in a step"""
+    micro_batch: PositiveInt | None = None
+    """sequences in one forward and backward pass, gradients accumulated over the batch; else all at once"""
+    steps: PositiveInt | None = None
+    """optimizer steps of the whole run"""
+    minutes: PositiveFloat | None = None
+    """instead of steps: as many as fit, counted once by timing the first ones"""
+    schedule: Literal["cosine", "constant"] = "cosine"
+    """of the learning rates after the warm-up: cosine to final_lr, or constant with a linear cooldown to it"""
+    warmup: Fraction = 0.1
+    """share of the steps over which learning rates rise linearly"""
+    cooldown: Fraction = 0.2
+    """share of the steps of the constant schedule's end"""
+    final_lr: Annotated[float, Field(ge=0, le=1)] = 0.1
+    """last learning rate, as a share of the peak"""
+    clip_norm: PositiveFloat | None = 1.0
+    """largest norm of the gradient of all parameters together; null: not clipped"""
+
+    precision: Literal["fp32", "bf16", "bf16_mixed", "fp16_mixed"] = "fp32"
+    """fp32; bf16: weights, gradients and plain moments; bf16_mixed: fp32 master weights, bf16 products
+    (autocast); fp16_mixed: the same in fp16, with a GradScaler"""
+    activation_checkpointing: bool = False
+    """compute activations again in the backward pass instead of keeping them"""
+    compile: bool = False
+    """torch.compile the model"""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: a GPU if there is one and galore_rrf has kernels for it"""
+    threads: PositiveInt | None = None
+    """CPU threads; else torch's choice"""
+    seed: NonNegativeInt = 0
+    """of initial weights and data order"""
+
+    eval_every: PositiveInt = 100
+    """steps between validations; the last step is always validated"""
+    eval_tokens: PositiveInt = 100_000
+    """tokens predicted in a validation, always the same ones"""
+    save_every: PositiveInt = 100
+    """steps between checkpoints; the last step is always saved"""
+    keep: PositiveInt = 2
+    """checkpoints kept"""
+    tensorboard: bool = False
+    """log for TensorBoard too"""
+    spectra_at: list[NonNegativeInt] = []
+    """steps whose singular values are saved: 0,10,100,1000"""
+    spectra_layers: list[str] = ["layers.0.self_attn.q_proj", "layers.0.mlp.up_proj"]
+    """of the matrices with one of these in their names"""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Config:
+        if (self.steps is None) == (self.minutes is None):
+            raise ValueError(
+                f"exactly one of steps ({self.steps}) and minutes ({self.minutes}) must be given"
+            )
+        if self.micro_batch is not None and self.batch % self.micro_batch:
+            raise ValueError(f"batch {self.batch} is no multiple of micro_batch {self.micro_batch}")
+        if self.warmup + (self.cooldown if self.schedule == "constant" else 0) > 1:
+            raise ValueError(f"warmup {self.warmup} and cooldown {self.cooldown} are more than the whole run")
+        if self.sequence_length > self.model.max_position_embeddings:
+            raise ValueError(
+                f"sequence_length {self.sequence_length} is over model.max_position_embeddings "
+                f"{self.model.max_position_embeddings}"
+            )
+        if self.dataset is not None and self.data:
+            raise ValueError("only one of data and dataset can be given")
+        return self
+
+
+# A later layer that gives one of these takes the other back.
+_ALTERNATIVES = (("steps", "minutes"), ("data", "dataset"))
+
+
+def merged(*layers: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested mappings one over the other, the later ones on top."""
+    result: dict[str, Any] = {}
+    for layer in layers:
+        for one, other in (*_ALTERNATIVES, *(pair[::-1] for pair in _ALTERNATIVES)):
+            if layer.get(one) and not layer.get(other):
+                result.pop(other, None)
+        for key, value in layer.items():
+            below = result.get(key)
+            result[key] = (
+                merged(below, value) if isinstance(below, dict) and isinstance(value, dict) else value
+            )
+    return result
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read the config {path}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"the config {path} is no YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"the config {path} must be a mapping of fields, and is {type(content).__name__}")
+    return content
+
+
+def checked(fields: Mapping[str, Any]) -> Config:
+    """The configuration of these fields; UserError with a line for each that is wrong."""
+    try:
+        return Config.model_validate(fields)
+    except ValidationError as error:
+        raise UserError("\n".join(sentence(problem) for problem in error.errors())) from error
+
+
+def sentence(problem: Any) -> str:
+    name, message = ".".join(map(str, problem["loc"])), problem["msg"]
+    if problem["type"] == "extra_forbidden":
+        return f"Unknown field: {name} (--help lists all)"
+    if problem["type"] == "value_error":
+        message = message.removeprefix("Value error, ")
+        return f"Invalid {name}: {message}" if name else f"Invalid configuration: {message}"
+    return f"Invalid {name}: {problem['input']!r} ({message[0].lower()}{message[1:]})"
+
+
+class _CommandLine(Config, BaseSettings):
+    __doc__ = Config.__doc__
+    model_config = SettingsConfigDict(
+        extra="forbid",
+        cli_kebab_case=True,
+        cli_implicit_flags=True,
+        cli_avoid_json=True,
+        cli_hide_none_type=True,
+    )
+
+
+def parse(argv: Sequence[str], default_configs: Callable[[], Sequence[Path]]) -> tuple[Config, Path | None]:
+    """The configuration that a command line means, and the run to resume, if any.
+
+    `default_configs` tells what to read where neither ``--config`` nor ``--resume`` is given.
+    """
+    files = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    group = files.add_argument_group("where the fields come from")
+    group.add_argument(
+        "--config",
+        action="append",
+        type=Path,
+        metavar="FILE",
+        help="YAML of the fields below; again for more, later ones override earlier ones, options override all "
+        "(default: configs/llama_60m.yaml, then configs/pretrain_cpu.yaml or, with a GPU, pretrain_gpu.yaml)",
+    )
+    group.add_argument(
+        "--resume",
+        type=Path,
+        metavar="RUN",
+        help="continue the run of this folder, with its own configuration",
+    )
+    given, _ = files.parse_known_args(argv)
+    parser = argparse.ArgumentParser(parents=[files], description=Config.__doc__, allow_abbrev=False)
+    try:
+        options = CliSettingsSource(_CommandLine, cli_parse_args=list(argv), root_parser=parser)()
+    except SettingsError as error:
+        raise UserError(f"{error}: {error.__cause__}") from error
+    if given.resume is not None:
+        return _resumed(given, options), given.resume
+    configs = given.config or default_configs()
+    config = checked(merged(*map(read_yaml, configs), options))
+    if config.out is None:
+        config = config.model_copy(
+            update={"out": Path("runs") / f"{configs[-1].stem}-{time.strftime('%Y%m%d-%H%M%S')}"}
+        )
+    return config, None
+
+
+def _resumed(given: argparse.Namespace, options: Mapping[str, Any]) -> Config:
+    """The configuration of the run to resume; what is given beside must agree with it."""
+    path = given.resume / "config.yaml"
+    if not path.is_file():
+        raise UserError(f"Invalid --resume: {given.resume} holds no run (no {path.name} in it)")
+    stored = checked(read_yaml(path)).model_copy(update={"out": given.resume})
+    # As it was when the run began: where a field was left to the program, what the program made of it.
+    asked = merged(*map(read_yaml, given.config or ()), options)
+    now = checked(merged(read_yaml(path), asked)).model_dump(mode="json")
+    before = stored.model_dump(mode="json")
+    differing = [
+        f"{name} is {was} in {path} and {is_} now"
+        for name, was, is_ in _differences(before, now)
+        if name != "out"
+    ]
+    if differing:
+        raise UserError("a run resumes with its own configuration: " + "; ".join(differing))
+    return stored
+
+
+def _differences(a: Mapping[str, Any], b: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any, Any]]:
+    result = []
+    for key in a:
+        if isinstance(a[key], dict) and isinstance(b[key], dict):
+            result += _differences(a[key], b[key], f"{prefix}{key}.")
+        elif a[key] != b[key]:
+            result.append((prefix + key, a[key], b[key]))
+    return result
+
+
+def to_yaml(config: Config) -> str:
+    """All fields, so that ``--config`` on it repeats the run."""
+    fields = config.model_dump(mode="json", exclude={"out"})
+    return yaml.safe_dump(fields, sort_keys=False, allow_unicode=True)

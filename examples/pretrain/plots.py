@@ -1,0 +1,42 @@
+"""PNGs of runs, of their spectra and of their ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+from pretrain.curves import curves_figure
+from pretrain.errors import UserError
+from pretrain.runs import Run
+from pretrain.subspaces import ranks_figure, spectra_figure
+
+
+def plot_curves(runs: Sequence[Run], path: Path) -> None:
+    """Loss, perplexity and step time: of one run, with its learning rates and gradient norm, or of several."""
+    _save(curves_figure(runs), path)
+
+
+def plot_spectra(run_folder: Path, path: Path, kinds: Sequence[str] = ("gradient",)) -> None:
+    """Singular values and the energy they keep at each saved step, a row for every layer and kind.
+
+    Args:
+        kinds: of ``"gradient"``, ``"momentum"`` and ``"variance"``.
+
+    Raises:
+        UserError: where the run has saved none of these.
+    """
+    _save(spectra_figure(run_folder, kinds), path)
+
+
+def plot_ranks(run: Run, path: Path) -> None:
+    """The rank of every projected matrix over time; UserError where the run has written none."""
+    _save(ranks_figure(run), path)
+
+
+def _save(figure: Figure, path: Path) -> None:
+    try:
+        figure.savefig(path, dpi=110, format="png")
+    except OSError as error:
+        raise UserError(f"cannot write {path} ({error.strerror})") from error

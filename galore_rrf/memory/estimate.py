@@ -1,0 +1,257 @@
+"""Bytes of a training run from the shapes of its parameters, nothing allocated."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from heapq import nlargest
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from galore_rrf.memory.activations import llama_activations
+from galore_rrf.param_groups import EXCLUDE, INCLUDE, NamedParameter, param_groups
+from galore_rrf.subspace import (
+    SubspaceOptions,
+    as_matrices,
+    compute_dtype,
+    is_projected,
+    matrix_count,
+    new_state,
+)
+
+OPTIMIZERS = ("adamw", "galore", "lora")
+
+_STEP = 4  # bytes of a step count, an fp32 scalar
+_TILE = 2**17  # entries of the tile that half precision is cast in (csrc/range_finder/product.cpp)
+_ROTATED = 256  # columns of moments rotated at a time (csrc/optimizer/rotate.cpp)
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes of each part of training; all exact but for `workspace` and `activations`, which are estimates.
+
+    Attributes:
+        parameters: of the model, a number; adapters are not counted.
+        weights: of the model and of adapters.
+        gradients: of what is trained.
+        master_weights: fp32 copies of what is trained, in mixed precision.
+        momentum, variance: first and second moments.
+        bases: of the subspaces.
+        steps: the count that the state of every parameter has.
+        workspace: what a step allocates beyond all that, at its peak: on a CPU, refreshes at fixed rank from
+            a warm start.
+        activations: what a forward pass keeps for the backward pass; None: not estimated.
+    """
+
+    parameters: int
+    weights: int
+    gradients: int
+    master_weights: int
+    momentum: int
+    variance: int
+    bases: int
+    steps: int
+    workspace: int
+    activations: int | None = None
+
+    @property
+    def state(self) -> int:
+        """What `state_bytes` counts after the first step."""
+        return self.momentum + self.variance + self.bases + self.steps
+
+    @property
+    def held(self) -> int:
+        """What is there from step to step; exact."""
+        return self.weights + self.gradients + self.master_weights + self.state
+
+    @property
+    def total(self) -> int:
+        """At the peak: activations are gone when a step needs its workspace.  An estimate."""
+        return self.held + max(self.workspace, self.activations or 0)
+
+
+def estimate(
+    model: nn.Module,
+    optimizer: str = "adamw",
+    *,
+    rank: int | None = None,
+    proj_type: str = "std",
+    include: Sequence[str] = INCLUDE,
+    exclude: Sequence[str] = EXCLUDE,
+    dtype: torch.dtype | None = None,
+    mixed_precision: bool = False,
+    tokens: int | None = None,
+    checkpointing: bool = False,
+    threads: int | None = None,
+) -> MemoryEstimate:
+    """The memory that training `model` takes, from shapes alone: it may be on the meta device.
+
+    What requires no gradient has weights alone, so a model with adapters in it (peft) is ``"adamw"``.
+
+    Args:
+        model: on any device, in any dtype.
+        optimizer: ``"adamw"``: torch.optim.AdamW.  ``"galore"``: GaLoreAdamW over
+            ``param_groups(model, rank)``, moments in fp32 where projected (fp64 for fp64 weights).
+            ``"lora"``: torch.optim.AdamW over adapters of `rank` beside every matrix in the projected group
+            of ``param_groups(model, rank)``, which is frozen, and over all other parameters; adapters in
+            the dtype of the weights (peft with ``autocast_adapter_dtype=False``).
+        rank: for ``"galore"`` (with `tolerance` the cap) and ``"lora"``.
+        proj_type: as of `SubspaceOptions`.
+        include, exclude: as of `param_groups`.
+        dtype: of weights and gradients, and of the moments that are not projected; None: as they are.
+        mixed_precision: weights and gradients in bf16 (or `dtype`), the optimizer over fp32 master weights;
+            the cast of gradients for it is not counted.
+        tokens: in one forward pass, for the estimate of activations; the model needs the ``config`` of a
+            Llama.
+        checkpointing: of activations.
+        threads: each has a matrix in flight; None: ``torch.get_num_threads()``.
+
+    Raises:
+        ValueError, TypeError: naming the argument, its value and what is allowed; ValueError too where no
+            parameter is to be projected.
+    """
+    _check(optimizer, rank, dtype, mixed_precision, tokens, threads)
+    if mixed_precision:
+        dtype = dtype or torch.bfloat16
+    stand_ins = {
+        p: torch.empty_like(p, device="meta", dtype=dtype if p.is_floating_point() else None)
+        for p in model.parameters()
+    }
+    frozen = [stand_ins[p] for p in stand_ins if not p.requires_grad]
+    named = model.named_parameters(remove_duplicate=False)
+    trained = [(name, stand_ins[p]) for name, p in named if p.requires_grad]
+    chosen, plain = _split(trained, rank, include, exclude)
+    parameters = sum(p.numel() for p in stand_ins.values())
+    adapters = 0
+    projected: list[Tensor] = []
+    if optimizer == "galore":
+        projected = [p for p in chosen if is_projected(p, rank)]
+        plain += [p for p in chosen if not is_projected(p, rank)]
+    elif optimizer == "lora":
+        assert rank is not None
+        adapters = len(chosen)
+        frozen += chosen
+        plain += [factor for p in chosen for factor in _adapter(p, rank)]
+
+    weights = _bytes(frozen + projected + plain)
+    gradients = _bytes(projected + plain)
+    master_weights = 0
+    if mixed_precision:
+        projected, plain = [p.float() for p in projected], [p.float() for p in plain]
+        master_weights = _bytes(projected + plain)
+    options = SubspaceOptions(rank=rank, proj_type=proj_type)
+    states = [new_state(p, options, key=0) for p in projected]
+    activations = None
+    if tokens is not None:
+        activations = llama_activations(
+            getattr(model, "config", None),
+            tokens,
+            dtype or next((p.dtype for p in stand_ins.values()), torch.float32),
+            adapter_rank=rank or 0,
+            adapters=adapters,
+            checkpointing=checkpointing,
+        )
+    return MemoryEstimate(
+        parameters=parameters,
+        weights=weights,
+        gradients=gradients,
+        master_weights=master_weights,
+        momentum=_bytes(plain) + _bytes(state["exp_avg"] for state in states),
+        variance=_bytes(plain) + _bytes(state["exp_avg_sq"] for state in states),
+        bases=_bytes(state["basis"] for state in states),
+        steps=_STEP * len(projected + plain),
+        workspace=_workspace(plain, projected, states, threads or torch.get_num_threads()),
+        activations=activations,
+    )
+
+
+def _check(
+    optimizer: str,
+    rank: int | None,
+    dtype: torch.dtype | None,
+    mixed_precision: bool,
+    tokens: int | None,
+    threads: int | None,
+) -> None:
+    """What `SubspaceOptions` does not check."""
+    if optimizer not in OPTIMIZERS:
+        raise ValueError(
+            f"Invalid optimizer: {optimizer!r} (must be one of {', '.join(map(repr, OPTIMIZERS))})"
+        )
+    if (rank is None) != (optimizer == "adamw"):
+        allowed = "None" if optimizer == "adamw" else "a positive integer"
+        raise ValueError(f"Invalid rank: {rank!r} (must be {allowed} with optimizer={optimizer!r})")
+    SubspaceOptions(rank=rank)
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise TypeError(f"Invalid dtype: {dtype!r} (must be a real floating-point torch.dtype or None)")
+    if mixed_precision and dtype not in (None, torch.bfloat16, torch.float16):
+        raise ValueError(
+            f"Invalid dtype: {dtype} (must be torch.bfloat16 or torch.float16 in mixed precision)"
+        )
+    for name, value in (("tokens", tokens), ("threads", threads)):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
+            raise TypeError(f"Invalid {name}: {value!r} (must be a positive integer or None)")
+        if value is not None and value < 1:
+            raise ValueError(f"Invalid {name}: {value!r} (must be a positive integer or None)")
+
+
+def _split(
+    named: list[NamedParameter], rank: int | None, include: Sequence[str], exclude: Sequence[str]
+) -> tuple[list[Tensor], list[Tensor]]:
+    """The parameters of the projected group, and all others; tied ones once."""
+    if rank is None:
+        return [], list(dict.fromkeys(p for _, p in named))
+    groups = param_groups(named, rank, include=include, exclude=exclude)
+    chosen, plain = ([p for _, p in group["params"]] for group in (*groups, {"params": []})[:2])
+    return chosen, plain
+
+
+def _adapter(p: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Both factors of a LoRA adapter: r x in, out x r."""
+    *stack, m, n = as_matrices(p).shape
+    return p.new_empty(*stack, rank, n), p.new_empty(*stack, m, rank)
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def _workspace(
+    plain: list[Tensor], projected: list[Tensor], states: list[dict[str, Any]], threads: int
+) -> int:
+    """The larger of what plain parameters need, one after the other, and projected ones, side by side.
+
+    torch's AdamW takes one parameter at a time on a CPU and holds a root and a quotient of its size; its
+    foreach path, the default on a GPU, holds the roots of all, its fused path nothing.
+    """
+    of_plain = 2 * max(map(_bytes, ([p] for p in plain)), default=0)
+    of_projected = [
+        _refresh_workspace(p, state)
+        for p, state in zip(projected, states, strict=True)
+        for _ in range(matrix_count(p))
+    ]
+    return max(of_plain, sum(nlargest(threads, of_projected)))
+
+
+def _refresh_workspace(p: Tensor, state: Mapping[str, Tensor]) -> int:
+    """Bytes that one matrix of `p` needs in a step that refreshes by a warm start and rotates.
+
+    Read off csrc/range_finder/fixed_rank.cpp and csrc/optimizer; docs/benchmarks.md has such a peak measured.
+    """
+    side, rank = state["basis"].shape[-2:]
+    length = state["exp_avg"].numel() // (rank * matrix_count(p))
+    size = compute_dtype(p).itemsize
+    half = p.element_size() < size
+    long, short = length * rank, side * rank  # entries of the projected gradient, of the basis
+    previous = short if half else 0  # the old basis, cast
+    tile = min(_TILE, side * length) if half else 0
+    # The projected gradient is there throughout; beside it
+    entries = long + max(
+        2 * long + previous,  # the inner factor and its LU
+        long + short + previous + tile,  # the inner factor and the sketch
+        3 * short,  # the sketch, its reflectors, the basis
+        short + 2 * rank**2 + 4 * rank * min(_ROTATED, length),  # the basis, the rotation, moments in tiles
+    )
+    return size * entries + 8 * length  # the order of the rows of the LU
