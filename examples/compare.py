@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pretrain.config import merged, read_yaml, sentence
+from pretrain.command_line import merged, read_yaml, sentence
 from pretrain.errors import UserError
 from pretrain.plots import plot_curves
 from pretrain.runs import Run, runs_table
@@ -75,9 +75,9 @@ class Sweep:
             if missing := [point(v) for v in line if point(v) not in self.losses]:
                 return missing, math.nan
             best = min(line, key=lambda v: self.losses[point(v)])
-            if best == line[-1]:
+            if len(line) > 1 and best == line[-1]:
                 line.append(_rounded(line[-1] ** 2 / line[-2]))
-            elif best == line[0]:
+            elif len(line) > 1 and best == line[0]:
                 line.insert(0, _rounded(line[0] ** 2 / line[1]))
             else:
                 return [], best
@@ -126,6 +126,9 @@ def compare(comparison: Comparison, base: dict[str, Any]) -> dict[str, Path]:
                 sweeps[name].losses[point] = loss
                 bar.update()
                 tqdm.write(f"{name}: lr {point[0]:g}, plain_lr {point[1]:g}: held-out loss {loss:.4f}")
+    for name, sweep in sweeps.items():
+        if not math.isfinite(sweep.losses[sweep.best()]):
+            raise UserError(f"every training of {name} diverged: lower its lr and plain_lr")
     return {name: folder(name, sweep.best()) for name, sweep in sweeps.items()}
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from pretrain.config import parse
+from pretrain.command_line import parse
 from pretrain.errors import UserError
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -40,7 +40,7 @@ def main() -> int:
         print(f"pretrain_llama.py: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("stopped at once; the last checkpoint is whole", file=sys.stderr)
+        print("stopped at once; what checkpoints there are, are whole", file=sys.stderr)
         return 130
     return 0
 

@@ -18,7 +18,8 @@ import torch
 
 import galore_rrf
 from pretrain.checkpoints import Checkpoints, write_atomically
-from pretrain.config import Config, to_yaml
+from pretrain.command_line import to_yaml
+from pretrain.config import Config
 from pretrain.errors import UserError
 from pretrain.log import Log
 from pretrain.model import llama_config

@@ -47,7 +47,7 @@ class Corpus:
         tokenizer: which made them.
         description: source, hashes and sizes, for JSON.
         folder: the entry of the cache.
-        files: hash and name of every file, as of sha256sum.
+        files: sha256 of its text, and name, of every file; the lines are those of sha256sum.
     """
 
     train: Tokens

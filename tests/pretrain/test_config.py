@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 import yaml
-from pretrain.config import Config, checked, merged, parse, read_yaml, to_yaml
+from pretrain.command_line import checked, merged, parse, read_yaml, to_yaml
+from pretrain.config import Config
 from pretrain.errors import UserError
 
 ROOT = Path(__file__).parents[2]

@@ -304,6 +304,7 @@ def test_entry_is_read_again_without_the_text(tmp_path, monkeypatch):
     os.utime(folder / "0000.txt", ns=(1, 1))
     entries = {load(tmp_path / "cache", folder).folder, first.folder}
     (folder / "0000.txt").write_text("other")
+    os.utime(folder / "0000.txt", ns=(1, 1))
     entries |= {load(tmp_path / "cache", folder, **options).folder for options in ({}, {"held_out": 0.3})}
     entries.add(load(tmp_path / "cache", folder, vocab_size=321).folder)
     assert len(entries) == 5

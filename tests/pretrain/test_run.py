@@ -17,7 +17,7 @@ import torch
 import yaml
 from pretrain import run as run_module
 from pretrain.checkpoints import Checkpoints
-from pretrain.config import checked, read_yaml, to_yaml
+from pretrain.command_line import checked, read_yaml, to_yaml
 from pretrain.energy import read_spectra
 from pretrain.errors import UserError
 from pretrain.run import Interrupted, run

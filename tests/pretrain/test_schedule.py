@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from pretrain.config import checked
+from pretrain.command_line import checked
 from pretrain.schedule import lr_factor
 
 

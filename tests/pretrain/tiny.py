@@ -4,7 +4,7 @@ import random
 
 import torch
 from pretrain.checkpoints import Checkpoints
-from pretrain.config import checked, merged
+from pretrain.command_line import checked, merged
 
 TEXT = "the subspace of a gradient turns slowly while its moments follow and weights descend"
 
