@@ -15,14 +15,14 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import yaml
-from pretrain.command_line import merged, read_yaml, sentence
+from pretrain.command_line import merged, read_yaml, resumed, sentence
 from pretrain.errors import UserError
-from pretrain.plots import plot_curves
-from pretrain.runs import Run, runs_table
-from pydantic import BaseModel, ConfigDict, PositiveFloat, PositiveInt, ValidationError
+from pretrain.results.plots import plot_curves
+from pretrain.results.read import Run, runs_table
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError
 from tqdm import tqdm
 
 PROGRAM = Path(__file__).with_name("pretrain_llama.py")
@@ -32,13 +32,16 @@ Point = tuple[float, float]  # lr, plain_lr
 class Row(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
-    lr: list[PositiveFloat]
-    plain_lr: list[PositiveFloat]
+    lr: Annotated[list[PositiveFloat], Field(min_length=1)]
+    plain_lr: Annotated[list[PositiveFloat], Field(min_length=1)]
     fields: dict[str, Any] = {}
 
 
 class Comparison(BaseModel):
-    """A comparison: `configs` (beside this file) of the training, `rows` of fields that differ."""
+    """A comparison: `configs` (beside this file) and `fields` of all trainings, `rows` of fields that differ.
+
+    `jobs` trainings run at once; a sweep goes on up to `beyond` times beyond the end of its values.
+    """
 
     model_config = ConfigDict(extra="forbid")
 
@@ -46,7 +49,8 @@ class Comparison(BaseModel):
     out: Path
     rows: dict[str, Row]
     jobs: PositiveInt = 1
-    beyond: int = 2
+    beyond: NonNegativeInt = 2
+    fields: dict[str, Any] = {}
 
 
 class Sweep:
@@ -88,24 +92,28 @@ def _rounded(lr: float) -> float:
     return float(f"{lr:.3g}")
 
 
-def train(folder: Path, config: dict[str, Any]) -> float:
-    """The last held-out loss of a run, made, resumed or read; infinite where it diverged."""
+def train(folder: Path, fields: dict[str, Any]) -> float:
+    """The last held-out loss of a run, made, resumed or read; infinite where it diverged.
+
+    UserError where the folder holds a run of other fields, or training fails.
+    """
     log = folder.parent / f"{folder.name}.log"
+    began = (folder / "config.yaml").exists()
+    if began:
+        resumed(folder, fields)
     if not (folder / "summary.json").exists():
         folder.parent.mkdir(parents=True, exist_ok=True)
         path = folder.parent / f"{folder.name}.yaml"
-        path.write_text(yaml.safe_dump(config, sort_keys=False))
-        source = (
-            ["--resume", folder] if (folder / "config.yaml").exists() else ["--config", path, "--out", folder]
-        )
-        if not (log.exists() and "training diverged" in log.read_text()):
-            with log.open("a") as file:
-                code = subprocess.run([sys.executable, PROGRAM, *source], stdout=file, stderr=file).returncode
-            if code != 0 and "training diverged" not in log.read_text():
-                raise UserError(f"a training failed with status {code}: see {log}")
-    if not (folder / "summary.json").exists():
-        return math.inf
-    return float(Run.read(folder).summary["held_out_loss"])
+        path.write_text(yaml.safe_dump(fields, sort_keys=False), encoding="utf-8")
+        source = ["--resume", folder] if began else ["--config", path, "--out", folder]
+        with log.open("w") as file:
+            code = subprocess.run([sys.executable, PROGRAM, *source], stdout=file, stderr=file).returncode
+        if code != 0:
+            if "training diverged" in log.read_text():
+                return math.inf
+            raise UserError(f"a training failed with status {code}: see {log}")
+    loss = Run.read(folder).held_out_loss[-1]
+    return loss if math.isfinite(loss) else math.inf
 
 
 def compare(comparison: Comparison, base: dict[str, Any]) -> dict[str, Path]:
@@ -143,7 +151,7 @@ def main() -> int:
             comparison = Comparison.model_validate(read_yaml(path))
         except ValidationError as error:
             raise UserError("\n".join(map(sentence, error.errors()))) from error
-        base = merged(*(read_yaml(path.parent / config) for config in comparison.configs))
+        base = merged(*(read_yaml(path.parent / config) for config in comparison.configs), comparison.fields)
         best = compare(comparison, base)
         runs = [Run.read(folder, label=name) for name, folder in best.items()]
         print(runs_table(runs))
@@ -152,6 +160,9 @@ def main() -> int:
     except UserError as error:
         print(f"compare.py: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from here", file=sys.stderr)
+        return 130
     return 0
 
 

@@ -7,8 +7,8 @@ import sys
 from pathlib import Path
 
 from pretrain.errors import UserError
-from pretrain.plots import plot_curves
-from pretrain.runs import read_runs, runs_table
+from pretrain.results.plots import plot_curves
+from pretrain.results.read import read_runs, runs_table
 
 
 def main() -> int:

@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from pathlib import Path
 
@@ -32,9 +33,8 @@ def main() -> int:
         try:
             run(config, resume is not None)
         except Interrupted as stop:
-            print(
-                f"{stop}; to go on: python examples/pretrain_llama.py --resume {config.out}", file=sys.stderr
-            )
+            again = shlex.join([sys.executable, sys.argv[0], "--resume", str(config.out)])
+            print(f"{stop}; to go on: {again}", file=sys.stderr)
             return 130
     except UserError as error:
         print(f"pretrain_llama.py: {error}", file=sys.stderr)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import zipfile
 from collections.abc import Callable
@@ -12,25 +11,7 @@ from typing import Any
 import torch
 
 from pretrain.errors import UserError
-
-
-def write_atomically(path: Path, write: Callable[[Any], object]) -> None:
-    """`write` fills a binary file; `path` holds all of it afterwards, or what it held before."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)  # the new name, too, survives a power cut
-    finally:
-        os.close(folder)
+from pretrain.files import write_atomically
 
 
 class Checkpoints:
@@ -58,31 +39,46 @@ class Checkpoints:
             reason = next(
                 (e.strerror for e in _causes(error) if isinstance(e, OSError) and e.strerror), error
             )
-            raise UserError(f"cannot write the checkpoint {path}: {reason} ({kept})") from error
+            raise UserError(
+                f"cannot write the checkpoint {path}: {reason} ({kept}; mend that, then --resume the run)"
+            ) from error
         for old in self.steps()[: -self.keep]:
             self.path(old).unlink(missing_ok=True)
 
     def load_newest(self, warn: Callable[[str], object]) -> dict[str, Any] | None:
-        """The newest checkpoint that is sound, those that are not named to `warn`; None where there is none.
+        """The newest checkpoint that is sound; None where there is none at all.
 
-        UserError if there are some and none is sound.
+        Damaged ones are named to `warn` and renamed, so that they neither count nor are lost.  UserError, and
+        nothing renamed, if there are some and none is sound.
         """
-        steps = self.steps()
-        for step in reversed(steps):
+        for unfinished in self.folder.glob(".step-*.tmp"):  # of a process that was killed
+            unfinished.unlink(missing_ok=True)
+        damaged: dict[Path, Exception] = {}
+        for step in reversed(self.steps()):
             path = self.path(step)
             try:
-                with zipfile.ZipFile(path) as archive:  # torch.load checks no checksums
-                    damaged = archive.testzip()
-                if damaged is not None:
-                    raise zipfile.BadZipFile(f"bad checksum of {damaged}")
-                return torch.load(path, map_location="cpu", weights_only=True)
+                state = _load(path)
             except Exception as error:  # whatever a damaged file leads to
-                warn(
-                    f"the checkpoint {path} is damaged ({type(error).__name__}: {error}); trying the one before"
-                )
-        if steps:
-            raise UserError(f"no checkpoint in {self.folder} can be read")
+                damaged[path] = error
+                continue
+            for bad, error in damaged.items():
+                bad.replace(bad.with_suffix(".damaged"))
+                warn(f"passing over the checkpoint {bad}, which is damaged ({error}); now {bad.stem}.damaged")
+            return state
+        if damaged:
+            reasons = "; ".join(f"{path.name}: {error}" for path, error in damaged.items())
+            raise UserError(f"no checkpoint in {self.folder} can be read ({reasons})")
         return None
+
+
+def _load(path: Path) -> dict[str, Any]:
+    with zipfile.ZipFile(path) as archive:  # torch.load checks no checksums
+        if (damaged := archive.testzip()) is not None:
+            raise zipfile.BadZipFile(f"bad checksum of {damaged}")
+    state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    if not isinstance(state, dict) or not {"step", "model", "optimizer"} <= state.keys():
+        raise ValueError("it holds something else")
+    return state
 
 
 def _causes(error: BaseException | None) -> list[BaseException]:

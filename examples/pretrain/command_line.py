@@ -56,6 +56,8 @@ def checked(fields: Mapping[str, Any]) -> Config:
 
 def sentence(problem: Any) -> str:
     name, message = ".".join(map(str, problem["loc"])), problem["msg"]
+    if problem["type"] == "missing":
+        return f"{name} is missing"
     if problem["type"] == "extra_forbidden":
         return f"Unknown field: {name} (--help lists all)"
     if problem["type"] == "value_error":
@@ -99,37 +101,38 @@ def parse(argv: Sequence[str], default_configs: Callable[[], Sequence[Path]]) ->
     given, _ = files.parse_known_args(argv)
     parser = argparse.ArgumentParser(parents=[files], description=Config.__doc__, allow_abbrev=False)
     try:
-        options = CliSettingsSource(_CommandLine, cli_parse_args=list(argv), root_parser=parser)()
+        options = CliSettingsSource(
+            _CommandLine, cli_parse_args=list(argv), cli_parse_none_str="null", root_parser=parser
+        )()
     except SettingsError as error:
         raise UserError(f"{error}: {error.__cause__}") from error
     if given.resume is not None:
-        return _resumed(given, options), given.resume
+        return resumed(given.resume, merged(*map(read_yaml, given.config or ()), options)), given.resume
     configs = given.config or default_configs()
     config = checked(merged(*map(read_yaml, configs), options))
     if config.out is None:
-        config = config.model_copy(
-            update={"out": Path("runs") / f"{configs[-1].stem}-{time.strftime('%Y%m%d-%H%M%S')}"}
-        )
+        name = f"{configs[-1].stem}-{time.strftime('%Y%m%d-%H%M%S')}"
+        config = config.model_copy(update={"out": Path("runs", name).absolute()})
     return config, None
 
 
-def _resumed(given: argparse.Namespace, options: Mapping[str, Any]) -> Config:
-    """The configuration of the run to resume; what is given beside must agree with it."""
-    path = given.resume / "config.yaml"
+def resumed(run: Path, asked: Mapping[str, Any]) -> Config:
+    """The configuration of the run in a folder, with which the fields `asked` for must agree; else UserError."""
+    path = run / "config.yaml"
     if not path.is_file():
-        raise UserError(f"Invalid --resume: {given.resume} holds no run (no {path.name} in it)")
-    stored = checked(read_yaml(path)).model_copy(update={"out": given.resume})
-    # As it was when the run began: where a field was left to the program, what the program made of it.
-    asked = merged(*map(read_yaml, given.config or ()), options)
-    now = checked(merged(read_yaml(path), asked)).model_dump(mode="json")
-    before = stored.model_dump(mode="json")
-    differing = [
-        f"{name} is {was} in {path} and {is_} now"
-        for name, was, is_ in _differences(before, now)
-        if name != "out"
-    ]
+        raise UserError(f"Invalid --resume: {run} holds no run (no {path.name} in it)")
+    fields = read_yaml(path)
+    stored = checked(fields).model_copy(update={"out": run.absolute()})
+    # What was left to the program when the run began has been decided.
+    open_ = {"minutes": asked.get("minutes"), "device": "auto", "threads": None}
+    asked = {key: value for key, value in asked.items() if key not in open_ or value != open_[key]}
+    if asked.get("out") is None:
+        asked.pop("out", None)
+    now = checked(merged(fields, {"out": str(stored.out)}, asked)).model_dump(mode="json")
+    differing = _differences(stored.model_dump(mode="json"), now)
     if differing:
-        raise UserError("a run resumes with its own configuration: " + "; ".join(differing))
+        listed = "; ".join(f"{name} is {was} in {path} and {is_} now" for name, was, is_ in differing)
+        raise UserError(f"a run goes on with its own configuration: {listed}")
     return stored
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
@@ -16,12 +17,24 @@ from pydantic import (
     model_validator,
 )
 
+
+def _absolute(path: Path) -> Path:
+    return path.expanduser().absolute()
+
+
+def _absolute_if_there(name: str) -> str:
+    """A name of something on this machine, or on a hub."""
+    path = Path(name).expanduser()
+    return str(path.absolute()) if path.exists() else name
+
+
+AbsolutePath = Annotated[Path, AfterValidator(_absolute)]  # holds wherever a run is resumed from
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class ModelConfig(BaseModel):
-    """Fields of transformers.LlamaConfig, by its own names; those not listed here are taken too."""
+    """Fields of transformers.LlamaConfig, by its own names; in YAML, those not listed here too."""
 
     model_config = ConfigDict(extra="allow", frozen=True, use_attribute_docstrings=True)
 
@@ -105,7 +118,7 @@ class OptimizerConfig(BaseModel):
     }
 
     def without_effect(self) -> list[str]:
-        """Fields that were set and that this optimizer has no use for."""
+        """Fields other than by default that this optimizer has no use for."""
         defaults = type(self)()
         return [
             field
@@ -119,11 +132,11 @@ class DatasetConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
-    path: str
+    path: Annotated[str, AfterValidator(_absolute_if_there)]
     """as of datasets.load_dataset: "allenai/c4", "json", ..."""
     name: str | None = None
     """its configuration: "en" """
-    data_files: str | None = None
+    data_files: Annotated[str, AfterValidator(_absolute_if_there)] | None = None
     """files of a generic path such as "json"; patterns are allowed"""
     split: str = "train"
     """trained on"""
@@ -142,20 +155,20 @@ class Config(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
-    out: Path | None = None
-    """folder of the run, which must not exist or be empty; else runs/ and the name of the last config, dated"""
+    out: AbsolutePath | None = None
+    """folder of the run, new or empty; else one in runs/, named after the last config and the time"""
 
-    data: list[Path] = []
+    data: list[AbsolutePath] = []
     """files and folders of text, JSON lines, either also .gz; again for more; else the source text of this
     Python's standard library"""
     dataset: DatasetConfig | None = None
     """stream a dataset instead"""
     held_out: Annotated[float, Field(gt=0, le=0.5)] = 0.02
     """share of the documents that are validated on and never trained on, chosen by their content"""
-    tokenizer: str | None = None
+    tokenizer: Annotated[str, AfterValidator(_absolute_if_there)] | None = None
     """tokenizer.json, or folder or hub name of a Hugging Face tokenizer; else a byte-level BPE of
     model.vocab_size tokens trained on the text"""
-    cache: Path = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "galore_rrf"
+    cache: AbsolutePath = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "galore_rrf"
     """where tokenizers and tokenised text are kept"""
 
     model: ModelConfig = ModelConfig()
@@ -195,12 +208,12 @@ class Config(BaseModel):
     """auto: a GPU if there is one and galore_rrf has kernels for it"""
     threads: PositiveInt | None = None
     """CPU threads; else torch's choice"""
-    seed: NonNegativeInt = 0
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """of initial weights and data order"""
 
     eval_every: PositiveInt = 100
     """steps between validations; the last step is always validated"""
-    eval_tokens: PositiveInt = 100_000
+    eval_tokens: PositiveInt = 50_000
     """tokens predicted in a validation, always the same ones"""
     save_every: PositiveInt = 100
     """steps between checkpoints; the last step is always saved"""
@@ -231,3 +244,14 @@ class Config(BaseModel):
         if self.dataset is not None and self.data:
             raise ValueError("only one of data and dataset can be given")
         return self
+
+    def without_effect(self) -> list[str]:
+        """What is set and does nothing here, in sentences."""
+        lines = []
+        if unused := self.optimizer.without_effect():
+            lines.append(f"optimizer {self.optimizer.name} has no use for {', '.join(unused)}")
+        if self.schedule == "cosine" and self.cooldown != type(self).model_fields["cooldown"].default:
+            lines.append("the cosine schedule has no use for cooldown")
+        if self.steps is not None and (late := [step for step in self.spectra_at if step >= self.steps]):
+            lines.append(f"spectra_at {', '.join(map(str, late))}: the run has {self.steps} steps")
+        return lines

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
+import os
+import sys
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -10,8 +13,8 @@ from typing import Any
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from pretrain.checkpoints import write_atomically
 from pretrain.config import Config
+from pretrain.files import write_atomically
 
 _QUIET_SECONDS = 30.0  # between lines where there is no terminal
 
@@ -35,8 +38,12 @@ class Log:
         self._last_line = time.monotonic()
 
     def write(self, step: int, **values: Any) -> None:
-        """A line of metrics.jsonl."""
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        """A line of metrics.jsonl; null stands for what is no number."""
+        line = {
+            key: None if isinstance(value, float) and not math.isfinite(value) else value
+            for key, value in values.items()
+        }
+        self._file.write(json.dumps({"step": step, **line}) + "\n")
         self._file.flush()
         if self._board is not None:
             for name, value in values.items():
@@ -57,9 +64,11 @@ class Log:
         """A line for people."""
         self._last_line = time.monotonic()
         tqdm.write(line)
+        sys.stdout.flush()
 
     def flush(self) -> None:
         """What a checkpoint is about to rely on is on disk."""
+        os.fsync(self._file.fileno())
         if self._board is not None:
             self._board.flush()
 

@@ -37,6 +37,11 @@ def build_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
             groups = [{"params": adapters}, {"params": others}]
         else:
             groups = galore_rrf.param_groups(model, o.rank, **keys)
+            largest = max(min(p.shape) for _, p in groups[0]["params"])
+            if o.name != "adamw" and o.rank >= largest:
+                raise UserError(
+                    f"Invalid optimizer.rank: {o.rank} (must be below {largest}, the matrices' shorter side)"
+                )
         groups[-1]["lr"] = o.lr if o.plain_lr is None else o.plain_lr
         if o.name in ("adamw", "lora"):
             return torch.optim.AdamW(

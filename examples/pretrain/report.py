@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import json
 import resource
-import sys
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from galore_rrf.memory import estimate
-from pretrain.checkpoints import write_atomically
-from pretrain.plots import plot_curves, plot_ranks, plot_spectra
-from pretrain.runs import Run, markdown, megabytes, runs_table
-from pretrain.tokens import Corpus
+from pretrain.data.corpus import Corpus
+from pretrain.files import write_atomically
+from pretrain.results.plots import plot_curves, plot_ranks, plot_spectra
+from pretrain.results.read import Run, markdown, megabytes, runs_table
 from pretrain.trainer import Trainer
 
 # Names for people, keys of the optimizer's state, and fields of galore_rrf.memory.MemoryEstimate.
@@ -95,9 +96,17 @@ def state_table(trainer: Trainer) -> list[dict[str, Any]]:
     return rows
 
 
+def reset_peak_memory(device: str) -> None:
+    """What was needed before, for the text or for timing, is not counted."""
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        with suppress(OSError):  # of Linux; else all of the process counts
+            Path("/proc/self/clear_refs").write_text("5")
+
+
 def _peak_memory(device: str) -> int:
     """Bytes: of the GPU's allocator, or of this process."""
     if device == "cuda":
         return torch.cuda.max_memory_allocated()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else 1024 * peak
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import signal
 import statistics
-import time
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,16 +18,18 @@ from typing import Any
 import torch
 
 import galore_rrf
-from pretrain.checkpoints import Checkpoints, write_atomically
+from pretrain.checkpoints import Checkpoints
 from pretrain.command_line import to_yaml
 from pretrain.config import Config
+from pretrain.data.corpus import Corpus, load_corpus
 from pretrain.errors import UserError
+from pretrain.files import locked, sync_folder
 from pretrain.log import Log
 from pretrain.model import llama_config
 from pretrain.optimizers import ranks
-from pretrain.report import report
+from pretrain.report import report, reset_peak_memory
 from pretrain.spectra import check_layers, save_spectra
-from pretrain.tokens import Corpus, load_corpus
+from pretrain.timing import steps_that_fit
 from pretrain.trainer import Trainer
 
 
@@ -37,38 +40,44 @@ class Interrupted(Exception):
 def run(config: Config, resume: bool) -> None:
     """Trains to the last step and reports; UserError, Interrupted."""
     config = completed(config)
-    llama_config(config)
-    if not resume:
-        _check_new(config.out)
-    if unused := config.optimizer.without_effect():
-        print(f"optimizer {config.optimizer.name} has no use for {', '.join(unused)}")
-    torch.set_num_threads(config.threads)
-    if config.device == "cuda":  # resuming to the same bits
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
-        torch.utils.deterministic.fill_uninitialized_memory = False
-    corpus = load_corpus(config)
-    if config.steps is None:
-        config = _with_steps(config, corpus)
-    if resume:
-        _check_same_text(config.out, corpus)
-    else:
-        _begin(config, corpus)
-    trainer = Trainer(config, corpus)
-    if config.spectra_at:
-        check_layers(trainer.model.named_parameters(), config.spectra_layers)
-    checkpoints = Checkpoints(config.out / "checkpoints", config.keep)
-    if resume:
-        state = checkpoints.load_newest(print)
-        if state is not None:
-            trainer.load_state_dict(state)
-        print(f"resuming {config.out} after step {trainer.step}")
+    out = config.out
     try:
-        _train(trainer, checkpoints)
-        report(trainer, corpus)
+        llama_config(config)
+        if not resume:
+            _check_new(out)
+        for line in config.without_effect():
+            print(line)
+        torch.set_num_threads(config.threads)
+        if config.device == "cuda":  # resuming to the same bits
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+            torch.use_deterministic_algorithms(True)
+            torch.utils.deterministic.fill_uninitialized_memory = False
+        corpus = load_corpus(config)
+        if config.steps is None:
+            config = config.model_copy(update={"steps": steps_that_fit(config, corpus), "minutes": None})
+        reset_peak_memory(config.device)
+        trainer = Trainer(config, corpus)
+        if config.spectra_at:
+            check_layers(trainer.model.named_parameters(), config.spectra_layers)
+        if resume:
+            _check_same_text(out, corpus)
+        else:
+            _begin(config, corpus)
+        with locked(out):
+            checkpoints = Checkpoints(out / "checkpoints", config.keep)
+            if resume:
+                state = checkpoints.load_newest(print)
+                if state is not None:
+                    trainer.load_state_dict(state)
+                print(f"resuming {out} after step {trainer.step}")
+            _train(trainer, checkpoints)
+            report(trainer, corpus)
     except OSError as error:
+        raise UserError(f"cannot read or write {error.filename or out}: {error.strerror or error}") from error
+    except torch.OutOfMemoryError as error:
         raise UserError(
-            f"cannot write to {config.out}: {error.strerror or error}; mend that, then --resume it"
+            f"out of memory on {config.device}: a smaller micro_batch ({config.micro_batch or config.batch}) or "
+            f"activation_checkpointing takes less ({str(error).splitlines()[0]})"
         ) from error
 
 
@@ -78,81 +87,66 @@ def has_gpu() -> bool:
 
 
 def completed(config: Config) -> Config:
-    """What was left to the program: device and threads; paths that hold wherever it is resumed."""
+    """What was left to the program: the device and the number of threads."""
     device = config.device
     if device == "auto":
         device = "cuda" if has_gpu() else "cpu"
+        if device == "cpu" and torch.cuda.is_available():
+            print("training on the CPU: there is a GPU, but this galore_rrf was built without CUDA")
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("Invalid device: 'cuda' (torch sees no GPU here)")
     if device == "cuda" and not has_gpu() and config.optimizer.name.startswith("galore"):
         raise UserError(
             "Invalid device: 'cuda' (this galore_rrf was built without CUDA; adamw and lora could use it)"
         )
-    return config.model_copy(
-        update={
-            "device": device,
-            "threads": config.threads or torch.get_num_threads(),
-            "data": [path.expanduser().resolve() for path in config.data],
-        }
-    )
+    return config.model_copy(update={"device": device, "threads": config.threads or torch.get_num_threads()})
 
 
 def _check_new(out: Path) -> None:
+    """Before minutes are spent on text: the folder is free, and can be made."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        what = (
-            "already holds a run (--resume continues it)"
-            if (out / "config.yaml").exists()
-            else "is not empty"
+        held = (out / "config.yaml").exists()
+        raise UserError(
+            f"Invalid --out: {out} "
+            + ("already holds a run (--resume continues it)" if held else "is not empty")
         )
-        raise UserError(f"Invalid --out: {out} {what}")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    if not os.access(out.parent, os.W_OK):
+        raise UserError(f"Invalid --out: {out} (no permission to write to {out.parent})")
 
 
 def _begin(config: Config, corpus: Corpus) -> None:
-    """The folder with what the run is; config.yaml, which makes it one, comes last."""
+    """The folder with what the run is, all of it or nothing."""
+    out = config.out
+    unfinished = out.with_name(f".{out.name}.{uuid.uuid4().hex}.tmp")
     try:
-        config.out.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(corpus.description, indent=2) + "\n"
-        write_atomically(config.out / "data.json", lambda file: file.write(text.encode()))
-        write_atomically(config.out / "files.txt", lambda file: file.write(corpus.files.read_bytes()))
-        write_atomically(config.out / "config.yaml", lambda file: file.write(to_yaml(config).encode()))
+        unfinished.mkdir()
+        (unfinished / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
+        (unfinished / "data.json").write_text(
+            json.dumps(corpus.description, indent=2) + "\n", encoding="utf-8"
+        )
+        shutil.copyfile(corpus.files, unfinished / "files.txt")
+        unfinished.replace(out)  # fails if another process has made it meanwhile
+        sync_folder(out.parent)
     except OSError as error:
-        raise UserError(f"cannot write to --out {config.out}: {error.strerror}") from error
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise UserError(f"cannot write to --out {out}: {error.strerror}") from error
 
 
 def _check_same_text(out: Path, corpus: Corpus) -> None:
-    before = json.loads((out / "data.json").read_text(encoding="utf-8"))
-    for key in ("sha256", "tokenizer_sha256"):
-        if before[key] != corpus.description[key]:
+    try:
+        before = json.loads((out / "data.json").read_text(encoding="utf-8"))
+        hashes = {key: before[key] for key in ("sha256", "tokenizer_sha256")}
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{out / 'data.json'}, which says what the run trains on, is damaged ({error})"
+        ) from error
+    for key, value in hashes.items():
+        if value != corpus.description[key]:
             raise UserError(
-                f"the text or its tokenizer has changed since {out} began: {key} was {before[key]}, "
+                f"the text or its tokenizer has changed since {out} began: {key} was {value}, "
                 f"is {corpus.description[key]}"
             )
-
-
-def _with_steps(config: Config, corpus: Corpus) -> Config:
-    """As many steps as fit into ``config.minutes``, by timing the first ones of a training thrown away."""
-    start = time.monotonic()
-    budget = 60 * config.minutes
-    trial = Trainer(config.model_copy(update={"steps": 10_000}), corpus)
-    trial.train_step()  # warms up
-    seconds: list[float] = []
-    while len(seconds) < 3 or sum(seconds) < 0.03 * budget:
-        seconds.append(trial.train_step()["seconds"])
-    step = statistics.median(seconds)
-    before = time.monotonic()
-    part = (config.micro_batch or config.batch) * config.sequence_length
-    trial.held_out_loss(part)
-    evaluation = (time.monotonic() - before) * max(1.0, config.eval_tokens / part)
-    left = 0.98 * budget - (time.monotonic() - start) - evaluation
-    steps = math.floor(left / (step + evaluation / config.eval_every))
-    if steps < 1:
-        raise UserError(
-            f"Invalid minutes: {config.minutes} (one step takes {step:.1f} s, a validation {evaluation:.1f} s)"
-        )
-    print(
-        f"{steps} steps fit into {config.minutes:g} minutes: {step:.2f} s a step, {evaluation:.1f} s a validation"
-    )
-    return config.model_copy(update={"steps": steps, "minutes": None})
 
 
 def _train(trainer: Trainer, checkpoints: Checkpoints) -> None:
@@ -168,9 +162,8 @@ def _train(trainer: Trainer, checkpoints: Checkpoints) -> None:
                 log.write(step, **metrics)
                 if step - 1 in config.spectra_at:
                     named = trainer.model.named_parameters()
-                    save_spectra(
-                        config.out / "spectra", step - 1, named, trainer.optimizer, config.spectra_layers
-                    )
+                    folder = config.out / "spectra"
+                    save_spectra(folder, step - 1, named, trainer.optimizer, config.spectra_layers)
                 if config.optimizer.tolerance is not None:
                     now = ranks(trainer.model, trainer.optimizer)
                     if now != known_ranks:
@@ -182,8 +175,9 @@ def _train(trainer: Trainer, checkpoints: Checkpoints) -> None:
                 log.progress(step, metrics["loss"], tokens / pace, (steps - step) * pace)
                 if step % config.eval_every == 0 or step == steps:
                     loss = trainer.held_out_loss()
-                    log.write(step, held_out_loss=loss, perplexity=math.exp(loss))
-                    log.say(f"step {step}: held-out loss {loss:.4f}, perplexity {math.exp(loss):.2f}")
+                    perplexity = math.exp(loss) if loss < 700 else math.inf
+                    log.write(step, held_out_loss=loss, perplexity=perplexity)
+                    log.say(f"step {step}: held-out loss {loss:.4f}, perplexity {perplexity:.2f}")
                 if step % config.save_every == 0 or step == steps or stop:
                     log.flush()
                     checkpoints.save(step, trainer.state_dict())

@@ -10,11 +10,12 @@ import torch
 from torch.nn.utils import clip_grad_norm_
 
 from pretrain.config import Config
+from pretrain.data.batches import Batches, held_out_windows
+from pretrain.data.corpus import Corpus
 from pretrain.errors import UserError
 from pretrain.model import autocast, build_model, token_losses
 from pretrain.optimizers import build_optimizer
 from pretrain.schedule import lr_factor
-from pretrain.tokens import Batches, Corpus, held_out_windows
 
 
 class Trainer:
@@ -40,8 +41,8 @@ class Trainer:
     def train_step(self) -> dict[str, float]:
         """One optimizer step: what metrics.jsonl says of it, seconds of wall-clock time.
 
-        Gradients are left for those who look at them.  UserError, before the weights move, for a loss that is
-        no number.
+        Gradients are left for those who look at them.  UserError, before the weights move, for a loss or a
+        gradient that is no number.
         """
         start = self._now()
         config, optimizer, scaler = self.config, self.optimizer, self._scaler
@@ -60,14 +61,12 @@ class Trainer:
             scaler.scale(part).backward()
             loss += part.item()
         if not math.isfinite(loss):
-            raise UserError(
-                f"the loss of step {self.step + 1} is {loss}: training diverged (lower optimizer.lr or "
-                "optimizer.plain_lr, or warm up longer); checkpoints before it are whole"
-            )
+            raise self._diverged("loss", loss)
         metrics = {"loss": loss, "lr": self._peaks[0] * factor, "plain_lr": self._peaks[-1] * factor}
         scaler.unscale_(optimizer)
-        if config.clip_norm is not None:
-            metrics["grad_norm"] = clip_grad_norm_(self.model.parameters(), config.clip_norm).item()
+        metrics["grad_norm"] = clip_grad_norm_(self.model.parameters(), config.clip_norm or math.inf).item()
+        if not math.isfinite(metrics["grad_norm"]) and not scaler.is_enabled():  # a scaler skips such a step
+            raise self._diverged("gradient norm", metrics["grad_norm"])
 
         before, refreshes = self._now(), getattr(optimizer, "refresh_seconds", 0.0)
         scaler.step(optimizer)
@@ -95,7 +94,15 @@ class Trainer:
             count += losses.numel()
             if count >= (tokens or self.config.eval_tokens):
                 break
+        if not math.isfinite(total):
+            raise self._diverged("held-out loss before", total)
         return total / count
+
+    def _diverged(self, what: str, value: float) -> UserError:
+        return UserError(
+            f"the {what} of step {self.step + 1} is {value}: training diverged; checkpoints before it are whole, but "
+            "what helps is a new run with a lower optimizer.lr or optimizer.plain_lr, or a longer warmup"
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """All that the steps to come depend on, beside the configuration and the text."""

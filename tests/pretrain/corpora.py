@@ -5,7 +5,7 @@ import random
 from pathlib import Path
 
 from pretrain.config import Config, ModelConfig
-from pretrain.tokens import load_corpus
+from pretrain.data.corpus import load_corpus
 
 SYLLABLES = ["ka", "to", "mi", "re", "ün", "so", "ла", "¡la!", "日", "\t", "12", "(x)", "=", "_"]
 

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 from corpora import configuration, load, offline, texts, write_folder, write_lines
-from pretrain import token_files, tokens
 from pretrain.config import DatasetConfig
+from pretrain.data import corpus as corpus_module
+from pretrain.data import encode
+from pretrain.data.text import held_out_by_content
 from pretrain.errors import UserError
-from pretrain.text import held_out_by_content
 
 
 def write(path, data):
@@ -90,7 +91,7 @@ def test_unreadable_text(tmp_path, monkeypatch):
         raise PermissionError(13, "Permission denied")
 
     folder = write_folder(tmp_path / "data", texts(60))
-    monkeypatch.setattr("pretrain.text.open", refuse, raising=False)
+    monkeypatch.setattr("pretrain.data.text.open", refuse, raising=False)
     with pytest.raises(UserError, match=r"Invalid data: '.*/0000.txt' cannot be read \(Permission denied\)"):
         load(tmp_path / "cache", folder)
     monkeypatch.setattr("os.scandir", refuse)
@@ -198,7 +199,7 @@ def test_full_disk(tmp_path, monkeypatch, name):
         return open("/dev/full" if path.name == name else path, mode)
 
     data = write_lines(tmp_path / "d.jsonl", texts(60))
-    monkeypatch.setattr(token_files, "open", full, raising=False)
+    monkeypatch.setattr(encode, "open", full, raising=False)
     with pytest.raises(
         UserError, match=r"no space left for tokens in the cache .*/cache: free some, or name"
     ):
@@ -213,12 +214,12 @@ def test_full_disk(tmp_path, monkeypatch, name):
 def test_damaged_entry(tmp_path, name, damage):
     """Guards against training on what is left of the text."""
     config = configuration(tmp_path / "cache", write_lines(tmp_path / "d.jsonl", texts(60)))
-    folder = tokens.load_corpus(config).folder
+    folder = corpus_module.load_corpus(config).folder
     damage(folder / name)
     with pytest.raises(
         UserError, match=rf"{folder} in the cache is damaged \(.*\): delete this folder and start"
     ):
-        tokens.load_corpus(config)
+        corpus_module.load_corpus(config)
 
 
 # --- Streams ------------------------------------------------------------------------------------------

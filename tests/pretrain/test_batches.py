@@ -5,7 +5,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from pretrain.tokens import Batches, held_out_windows
+from pretrain.data.batches import Batches, held_out_windows
 
 
 def numbered(count):

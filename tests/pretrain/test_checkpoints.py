@@ -6,12 +6,13 @@ import os
 import pytest
 import torch
 from pretrain import checkpoints
-from pretrain.checkpoints import Checkpoints, write_atomically
+from pretrain.checkpoints import Checkpoints
 from pretrain.errors import UserError
+from pretrain.files import write_atomically
 
 
 def state(step):
-    return {"step": step, "weights": torch.full((1000,), float(step))}
+    return {"step": step, "model": torch.full((1000,), float(step)), "optimizer": {}}
 
 
 @pytest.fixture
@@ -28,27 +29,46 @@ def test_the_last_ones_are_kept(saved):
     assert len(list(saved.folder.iterdir())) == 2
     loaded = saved.load_newest(pytest.fail)
     assert loaded["step"] == 10
-    assert torch.equal(loaded["weights"], state(10)["weights"])
+    assert torch.equal(loaded["model"], state(10)["model"])
 
 
-@pytest.mark.parametrize("damage", ["flip", "truncate", "empty", "other"])
+@pytest.mark.parametrize("damage", ["flip", "truncate", "empty", "other", "other archive"])
 def test_damaged_ones_are_passed_over(saved, damage):
-    """Guards against a damaged checkpoint loaded, or one that hides the sound one before it."""
+    """Guards against a damaged checkpoint loaded, kept in the place of sound ones, or lost."""
     path = saved.path(10)
     content = bytearray(path.read_bytes())
-    position = content.find(torch.full((8,), 10.0).numpy().tobytes()) + 100
-    content[position] ^= 1
-    damaged = {"flip": content, "truncate": content[: len(content) // 2], "empty": b"", "other": b"hello"}[
-        damage
-    ]
-    path.write_bytes(damaged)
+    content[content.find(torch.full((8,), 10.0).numpy().tobytes()) + 100] ^= 1
+    if damage == "other archive":
+        torch.save({"x": 1}, path)
+    else:
+        path.write_bytes({"flip": content, "truncate": content[:2000], "empty": b"", "other": b"hi"}[damage])
+    left = path.read_bytes()
     said = []
     assert saved.load_newest(said.append)["step"] == 2
     assert len(said) == 1
     assert str(path) in said[0]
-    saved.path(2).unlink()
-    with pytest.raises(UserError, match=r"no checkpoint in .* can be read"):
-        saved.load_newest(said.append)
+    assert path.with_suffix(".damaged").read_bytes() == left
+    saved.save(3, state(3))
+    assert saved.steps() == [2, 3]
+    assert saved.load_newest(pytest.fail)["step"] == 3
+
+
+def test_none_sound(saved):
+    """Guards against a run begun anew, and files renamed that somebody may still mend."""
+    for step in saved.steps():
+        saved.path(step).write_bytes(b"damaged")
+    with pytest.raises(
+        UserError, match=r"no checkpoint in .* can be read .*step-000010\.pt.*step-000002\.pt"
+    ):
+        saved.load_newest(pytest.fail)
+    assert saved.steps() == [2, 10]
+
+
+def test_what_a_killed_process_left(saved):
+    """Guards against a disk that fills with halves of checkpoints."""
+    (saved.folder / ".step-000011.pt.tmp").write_bytes(b"half")
+    saved.load_newest(pytest.fail)
+    assert sorted(p.name for p in saved.folder.iterdir()) == ["step-000002.pt", "step-000010.pt"]
 
 
 def test_no_checkpoint_yet(tmp_path):
@@ -72,7 +92,7 @@ def test_full_disk(saved, monkeypatch):
 
     save = torch.save
     monkeypatch.setattr(checkpoints.torch, "save", lambda value, file: save(value, Full(file)))
-    with pytest.raises(UserError, match=r"No space left on device \(that of step 10 is whole\)"):
+    with pytest.raises(UserError, match=r"No space left on device \(that of step 10 is whole; "):
         saved.save(11, state(11))
     assert sorted(p.name for p in saved.folder.iterdir()) == ["step-000002.pt", "step-000010.pt"]
     assert saved.load_newest(pytest.fail)["step"] == 10

@@ -49,7 +49,7 @@ def test_later_layers_and_options_override(tmp_path):
     config, _ = parse([*options, "--optimizer.plain-lr", "0.25", "--data", "x", "--data", "y"], list)
     assert (config.steps, config.batch, config.spectra_at) == (7, 9, [0, 10])
     assert (config.optimizer.lr, config.optimizer.rank, config.optimizer.plain_lr) == (0.5, 5, 0.25)
-    assert config.data == [Path("x"), Path("y")]
+    assert config.data == [Path("x").absolute(), Path("y").absolute()]
 
 
 def test_an_alternative_takes_the_other_back():
@@ -113,16 +113,26 @@ def test_files_that_are_no_config(tmp_path, content, said):
         read_yaml(tmp_path / "missing.yaml")
 
 
-def test_resume_takes_the_stored_configuration(tmp_path):
+def test_resume_takes_the_stored_configuration(tmp_path, monkeypatch):
     """Guards against a resumed run that quietly trains with other settings than it began with."""
     run = tmp_path / "run"
     run.mkdir()
-    written(run, steps=5, batch=4, optimizer={"lr": 0.5}, device="cpu")
+    text = str(tmp_path / "text")
+    written(run, steps=5, batch=4, optimizer={"lr": 0.5}, device="cpu", threads=2, data=[text])
     config, resume = parse(["--resume", str(run)], list)
     assert (resume, config.steps, config.batch, config.out) == (run, 5, 4, run)
-    assert parse(["--resume", str(run), "--batch", "4", "--optimizer.lr", "0.5"], list)[0] == config
-    with pytest.raises(UserError, match=r"optimizer\.lr is 0\.5 in .* and 0\.25 now"):
-        parse(["--resume", str(run), "--optimizer.lr", "0.25"], list)
+    monkeypatch.chdir(tmp_path)
+    # What it was begun with: a device and a number of steps were decided then; a relative path.
+    began = tmp_path / "began.yaml"
+    began.write_text("minutes: 3\nbatch: 4\ndevice: auto\nthreads: null\n")
+    options = ["--config", str(began), "--optimizer.lr", "0.5", "--data", "text", "--out", "run"]
+    assert parse(["--resume", "run", *options], list)[0] == config
+    for option, was in (
+        ("--optimizer.lr=0.25", r"optimizer\.lr is 0\.5 in .* and 0\.25 now"),
+        ("--out=x", "out is .*run"),
+    ):
+        with pytest.raises(UserError, match=was):
+            parse(["--resume", str(run), option], list)
     other = tmp_path / "other.yaml"
     other.write_text("batch: 8\n")
     with pytest.raises(UserError, match=r"batch is 4 .* and 8 now"):
@@ -131,11 +141,37 @@ def test_resume_takes_the_stored_configuration(tmp_path):
         parse(["--resume", str(tmp_path)], list)
 
 
+def test_null_on_the_command_line():
+    """Guards against a null that is a word."""
+    config, _ = parse(
+        [
+            "--steps",
+            "1",
+            "--out",
+            "x",
+            "--clip-norm",
+            "null",
+            "--dataset.path",
+            "c4",
+            "--dataset.held-out-split",
+            "null",
+        ],
+        list,
+    )
+    assert config.clip_norm is None
+    assert config.dataset.held_out_split is None
+
+
 def test_fields_without_effect_are_named():
     """Guards against options that silently do nothing."""
-    config = checked({"steps": 1, "optimizer": {"name": "adamw", "rank": 5, "update_proj_gap": 3}})
-    assert config.optimizer.without_effect() == ["rank", "update_proj_gap"]
-    assert checked({"steps": 1}).optimizer.without_effect() == []
+    config = checked(
+        {"steps": 9, "cooldown": 0.3, "spectra_at": [0, 8, 9], "optimizer": {"name": "adamw", "rank": 5}}
+    )
+    said = "\n".join(config.without_effect())
+    assert all(
+        what in said for what in ("adamw has no use for rank", "no use for cooldown", "spectra_at 9: ")
+    )
+    assert checked({"steps": 1}).without_effect() == []
 
 
 def test_help_explains_every_field():

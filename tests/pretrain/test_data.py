@@ -17,12 +17,13 @@ import pytest
 from corpora import configuration, contents, documents, load, offline, text, texts, write_folder, write_lines
 from hypothesis import given
 from hypothesis import strategies as st
-from pretrain import text as text_module
-from pretrain import token_files, tokens, vocabulary
 from pretrain.config import DatasetConfig
+from pretrain.data import corpus as corpus_module
+from pretrain.data import encode, vocabulary
+from pretrain.data import text as text_module
+from pretrain.data.text import Document, held_out_by_content, local_files, pieces
 from pretrain.errors import UserError
-from pretrain.text import Document, held_out_by_content, local_files, pieces
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 # --- Documents ----------------------------------------------------------------------------------------
 
@@ -237,9 +238,10 @@ def test_much_text_is_sampled_for_the_tokenizer(tmp_path, monkeypatch):
 
 
 def word_tokenizer(path, words, end="</s>", **more):
-    """A tokenizer.json: whole words, by their ids."""
+    """A tokenizer.json: whole words, by their ids; as T5's it would add its end by itself."""
     tokenizer = Tokenizer(models.WordLevel({"[UNK]": 0, end: 1} | words, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(single=f"$A {end}", special_tokens=[(end, 1)])
     for change, arguments in more.items():
         getattr(tokenizer, change)(*arguments)
     path.parent.mkdir(exist_ok=True, parents=True)
@@ -295,7 +297,7 @@ def test_entry_is_read_again_without_the_text(tmp_path, monkeypatch):
     folder = write_folder(tmp_path / "data", texts(60))
     first = load(tmp_path / "cache", folder)
     with monkeypatch.context() as patch:
-        patch.setattr(tokens, "write_entry", None)
+        patch.setattr(corpus_module, "write_entry", None)
         patch.setattr(text_module, "_opened", None)
         again = load(tmp_path / "cache", folder, seed=1, sequence_length=4)
         assert contents(again) == contents(first)
@@ -313,18 +315,18 @@ def test_entry_is_read_again_without_the_text(tmp_path, monkeypatch):
 
 LOAD = """
 import json, os, signal, sys
-from pretrain import token_files
+from pretrain.data import encode
 from pretrain.config import Config
-from pretrain.tokens import load_corpus
+from pretrain.data.corpus import load_corpus
 fields, batch, kill_at = json.loads(sys.argv[1])
-token_files.BATCH = batch
-write, written = token_files._Encoder._write, []
+encode.BATCH = batch
+write, written = encode._Encoder._write, []
 def counted(*args):
     write(*args)
     written.append(args)
     if len(written) == kill_at:
         os.kill(os.getpid(), signal.SIGKILL)
-token_files._Encoder._write = counted
+encode._Encoder._write = counted
 load_corpus(Config(**fields))
 """
 
@@ -346,15 +348,15 @@ def test_same_tokens_in_any_process_and_whole_entries_after_kill_9(tmp_path):
         load_elsewhere(elsewhere, 500, PYTHONHASHSEED="1", RAYON_NUM_THREADS="1"),
         load_elsewhere(killed, 500, kill_at=200, PYTHONHASHSEED="2", RAYON_NUM_THREADS="2"),
     ]
-    expected = contents(tokens.load_corpus(here))
+    expected = contents(corpus_module.load_corpus(here))
     errors = [process.communicate()[1] for process in running]
     assert [process.returncode for process in running] == [0, -signal.SIGKILL], errors
     assert errors == ["", ""], "not quiet"
     (left,) = (tmp_path / "killed").iterdir()
     assert left.name.startswith("unfinished-")
     assert (left / "tokenizer.json").read_bytes() == expected[0]
-    assert contents(tokens.load_corpus(killed)) == expected
-    assert contents(tokens.load_corpus(elsewhere)) == expected
+    assert contents(corpus_module.load_corpus(killed)) == expected
+    assert contents(corpus_module.load_corpus(elsewhere)) == expected
 
 
 def test_leftovers_of_killed_processes_go_after_a_day(tmp_path):
@@ -377,12 +379,12 @@ def test_two_processes_at_once(tmp_path, monkeypatch):
     def second(folder, *args):
         if not others:
             others.append(None)
-            others.append(tokens.load_corpus(config))
-        token_files.write_entry(folder, *args)
+            others.append(corpus_module.load_corpus(config))
+        encode.write_entry(folder, *args)
 
     others = []
-    monkeypatch.setattr(tokens, "write_entry", second)
-    corpus = tokens.load_corpus(config)
+    monkeypatch.setattr(corpus_module, "write_entry", second)
+    corpus = corpus_module.load_corpus(config)
     assert corpus.folder == others[1].folder
     assert list((tmp_path / "cache").iterdir()) == [corpus.folder]
 
@@ -392,7 +394,7 @@ def test_nothing_is_left_of_an_interrupted_entry(tmp_path, monkeypatch, kind):
     def interrupt(*_):
         raise kind
 
-    monkeypatch.setattr(token_files._Encoder, "_write", interrupt)
+    monkeypatch.setattr(encode._Encoder, "_write", interrupt)
     with pytest.raises(kind):
         load(tmp_path / "cache", write_lines(tmp_path / "d.jsonl", texts(60)))
     assert list((tmp_path / "cache").iterdir()) == []

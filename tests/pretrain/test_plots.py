@@ -8,12 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
-from pretrain.curves import curves_figure
 from pretrain.errors import UserError
-from pretrain.figures import smoothed
-from pretrain.plots import plot_curves, plot_ranks, plot_spectra
-from pretrain.runs import Run, markdown, megabytes, read_runs, runs_table
-from pretrain.subspaces import kind_and_depth, ranks_figure, spectra_figure
+from pretrain.results.curves import curves_figure
+from pretrain.results.plots import plot_curves, plot_ranks, plot_spectra
+from pretrain.results.read import Run, markdown, megabytes, read_runs, runs_table
+from pretrain.results.style import smoothed
+from pretrain.results.subspaces import kind_and_depth, ranks_figure, spectra_figure
 
 PROGRAM = Path(__file__).parents[2] / "examples" / "plot_runs.py"
 GALORE = {"name": "galore", "rank": 8, "lr": 0.01, "plain_lr": 0.002, "tolerance": None}

@@ -18,10 +18,12 @@ import yaml
 from pretrain import run as run_module
 from pretrain.checkpoints import Checkpoints
 from pretrain.command_line import checked, read_yaml, to_yaml
-from pretrain.energy import read_spectra
 from pretrain.errors import UserError
+from pretrain.files import locked
+from pretrain.log import Log
+from pretrain.results.read import Run
+from pretrain.results.spectra import read_spectra
 from pretrain.run import Interrupted, run
-from pretrain.runs import Run
 from pretrain.trainer import Trainer
 from test_trainer import OPTIMIZERS
 from tiny import assert_same, final_state, text_file, tiny
@@ -128,6 +130,7 @@ VARIANTS = {
     "fp16_mixed": {"precision": "fp16_mixed", "micro_batch": 2},
     "constant": {"schedule": "constant", "activation_checkpointing": True, "batch": 70},  # over epochs
     "dropout": {"model": {"attention_dropout": 0.1}},
+    "two threads": {"threads": 2},
 }
 
 
@@ -140,7 +143,7 @@ def test_resumes_to_the_same_bits(folder, variant, step, monkeypatch, request):
     run(straight, resume=False)
     stopped = tiny(folder, f"stopped {name}", **variant)
     with monkeypatch.context() as patch:
-        interrupted_after(patch, step)
+        interrupted_after(patch, step, signal.SIGINT if step == 2 else signal.SIGTERM)
         with pytest.raises(Interrupted, match=f"step {step}"):
             run(stopped, resume=False)
     assert not (stopped.out / "summary.json").exists()
@@ -180,7 +183,7 @@ def test_a_damaged_checkpoint_is_passed_over(folder, monkeypatch, capsys):
     path = Checkpoints(config.out / "checkpoints", 2).path(7)
     path.write_bytes(path.read_bytes()[:-1000])
     run(config, resume=True)
-    assert f"{path} is damaged" in capsys.readouterr().out
+    assert f"passing over the checkpoint {path}, which is damaged" in capsys.readouterr().out
     assert_same(final_state(config.out), final_state(straight.out))
     assert metrics(config.out) == metrics(straight.out)
 
@@ -198,7 +201,7 @@ def test_a_full_disk_ends_in_a_sentence(folder, monkeypatch):
             save(value, file)
 
         patch.setattr("pretrain.checkpoints.torch.save", fails_later)
-        with pytest.raises(UserError, match=r"No space left on device \(that of step 3 is whole\)"):
+        with pytest.raises(UserError, match=r"No space left on device \(that of step 3 is whole; .*--resume"):
             run(config, resume=False)
     run(config, resume=True)
     assert_same(final_state(config.out), final_state(straight.out))
@@ -213,6 +216,8 @@ def test_minutes_become_steps_once(folder, capsys):
     assert stored.minutes is None
     assert 1 <= stored.steps == json.loads((config.out / "summary.json").read_text())["steps"]
     assert f"{stored.steps} steps fit into 0.03 minutes" in capsys.readouterr().out
+    # No timed test, but one that a count of one, or of thousands, fails.
+    assert 0.2 < Run.read(config.out).seconds.sum() < 10
     again = stored.model_copy(update={"out": folder / "minutes again"})
     run(again, resume=False)
     assert_same(final_state(again.out), final_state(config.out))
@@ -243,11 +248,84 @@ def test_nothing_is_overwritten(folder):
         run(config.model_copy(update={"out": other.out / "thesis.tex"}), resume=False)
 
 
-def test_no_permission(folder):
-    """Guards against a traceback for a folder that cannot be made."""
+def test_no_permission(folder, monkeypatch):
+    """Guards against a traceback, or minutes of work, for a folder that cannot be made."""
     (folder / "file").write_text("")
-    with pytest.raises(UserError, match=r"cannot write to --out .*file/x"):
+    with pytest.raises(UserError, match=r"cannot read or write .*file"):
         run(tiny(folder, "file/x"), resume=False)
+    monkeypatch.setattr(
+        os, "access", lambda path, mode: False
+    )  # tests may run as root, who may write anywhere
+    monkeypatch.setattr(run_module, "load_corpus", pytest.fail)
+    with pytest.raises(UserError, match=r"no permission to write to"):
+        run(tiny(folder, "forbidden"), resume=False)
+
+
+def test_one_process_to_a_run(folder, monkeypatch):
+    """Guards against two processes that write one run."""
+    config = tiny(folder, "shared", steps=3)
+    with monkeypatch.context() as patch:
+        interrupted_after(patch, 2)
+        with pytest.raises(Interrupted):
+            run(config, resume=False)
+    with locked(config.out), pytest.raises(UserError, match=r"another process is training in .*shared"):
+        run(config, resume=True)
+    run(config, resume=True)
+
+
+def test_killed_while_it_begins(folder, monkeypatch):
+    """Guards against a folder that can neither be begun nor resumed: it is there with all in it, or not at all."""
+    config = tiny(folder, "begins", steps=1)
+
+    class Killed(BaseException):
+        pass
+
+    def killed(*_):
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr("shutil.copyfile", killed)
+        patch.setattr("shutil.rmtree", killed)  # nothing is cleaned up
+        with pytest.raises(Killed):
+            run(config, resume=False)
+    assert not config.out.exists()
+    run(config, resume=False)
+
+
+@pytest.mark.parametrize("where", ["write", "fsync"])
+def test_a_full_disk_under_metrics(folder, monkeypatch, where):
+    """Guards against a traceback, or a run that cannot go on, where metrics do not fit."""
+    straight, config = tiny(folder, f"room {where}"), tiny(folder, f"full {where}")
+    run(straight, resume=False)
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        train_step = Trainer.train_step
+
+        def stepped(self):
+            if self.step == 5:
+                patch.setattr(Log, "write", full) if where == "write" else patch.setattr(Log, "flush", full)
+            return train_step(self)
+
+        patch.setattr(Trainer, "train_step", stepped)
+        with pytest.raises(UserError, match="No space left on device"):
+            run(config, resume=False)
+    run(config, resume=True)
+    assert_same(final_state(config.out), final_state(straight.out))
+    assert metrics(config.out) == metrics(straight.out)
+
+
+def test_a_diverging_run_keeps_what_it_had(folder):
+    """Guards against a checkpoint of weights that are no numbers, and a traceback where the loss overflows."""
+    config = tiny(
+        folder, "diverges", optimizer={"lr": 1e25, "plain_lr": 1e25}, save_every=1, steps=30, clip_norm=None
+    )
+    with pytest.raises(UserError, match=r"training diverged.*lower optimizer\.lr"):
+        run(config, resume=False)
+    for name, weight in final_state(config.out)["model"].items():
+        assert torch.isfinite(weight).all(), name
 
 
 def test_resume_refuses_other_text(folder, monkeypatch):
@@ -286,7 +364,7 @@ def config_file(folder, name, **fields):
 
 def test_control_c(folder):
     """Guards against a ctrl-C that loses steps or shows a traceback, in a real process."""
-    path, out = config_file(folder, "ctrl-c", steps=2000, save_every=1000), folder / "ctrl-c run"
+    path, out = config_file(folder, "ctrl-c", steps=2000, save_every=1000), folder / "ctrl-c-run"
     process = program("--config", path, "--out", out, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     wait_for(lambda: (out / "metrics.jsonl").exists() and len(metrics(out)) > 20, process)
     process.send_signal(signal.SIGINT)
@@ -339,6 +417,8 @@ def test_killed_at_random(folder, seed):
         (["--data", "{empty}"], "empty"),
         (["--data", "{binary}"], "binary"),
         (["--held-out", "0.0001"], "held_out"),
+        (["--optimizer.rank", "32"], "optimizer.rank: 32 (must be below 32"),
+        (["--optimizer.name", "lora", "--optimizer.rank", "32"], "optimizer.rank"),
         (["--model.vocab-size", "30000"], "vocab_size"),
         (
             ["--optimizer.rank", "1000", "--optimizer.name", "lora", "--optimizer.lora-alpha", "-1"],
@@ -351,7 +431,7 @@ def test_bad_input_is_a_sentence(folder, options, said, capsys, monkeypatch):
     """Guards against a traceback, an exit status of 0 and a folder left behind."""
     (folder / "empty").mkdir(exist_ok=True)
     (folder / "binary").write_bytes(bytes(range(256)) * 10)
-    path, out = config_file(folder, "bad"), folder / f"bad {said}"
+    path, out = config_file(folder, "bad"), folder / "bad run"
     options = [option.format(empty=folder / "empty", binary=folder / "binary") for option in options]
     monkeypatch.setattr(
         sys, "argv", ["pretrain_llama.py", "--config", str(path), "--out", str(out), *options]

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 import torch
-from pretrain.energy import energy_kept, rank_keeping, read_spectra
 from pretrain.errors import UserError
+from pretrain.results.spectra import energy_kept, rank_keeping, read_spectra
 from pretrain.spectra import check_layers, save_spectra
 
 import galore_rrf

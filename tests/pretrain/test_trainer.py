@@ -4,10 +4,10 @@ import math
 
 import pytest
 import torch
+from pretrain.data.corpus import load_corpus
 from pretrain.errors import UserError
 from pretrain.model import build_model
 from pretrain.schedule import lr_factor
-from pretrain.tokens import load_corpus
 from pretrain.trainer import Trainer
 from tiny import tiny
 

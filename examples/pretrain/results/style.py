@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
-from pretrain.runs import Array, describe_model, describe_optimizer
+from pretrain.results.read import Array, describe_model, describe_optimizer
 
 # Okabe and Ito's, told apart by the colour-blind too, without the yellow that is pale on white.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#E69F00", "#56B4E9", "#999999")

@@ -7,10 +7,10 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from pretrain.curves import curves_figure
 from pretrain.errors import UserError
-from pretrain.runs import Run
-from pretrain.subspaces import ranks_figure, spectra_figure
+from pretrain.results.curves import curves_figure
+from pretrain.results.read import Run
+from pretrain.results.subspaces import ranks_figure, spectra_figure
 
 
 def plot_curves(runs: Sequence[Run], path: Path) -> None:

@@ -10,8 +10,8 @@ from functools import cached_property
 from pathlib import Path
 
 from pretrain.config import DatasetConfig
+from pretrain.data.text import Document, Part, held_out_by_content, make_documents
 from pretrain.errors import UserError
-from pretrain.text import Document, Part, held_out_by_content, make_documents
 
 BYTES_PER_TOKEN = 4
 """Of English, about."""

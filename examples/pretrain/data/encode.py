@@ -14,12 +14,12 @@ from typing import Any, BinaryIO
 import numpy as np
 from tqdm import tqdm
 
-from pretrain import vocabulary
 from pretrain.config import Config
+from pretrain.data import vocabulary
+from pretrain.data.stream import Stream
+from pretrain.data.text import Document, LocalText, Part, held_out_by_content
+from pretrain.data.vocabulary import Vocabulary
 from pretrain.errors import UserError
-from pretrain.stream import Stream
-from pretrain.text import Document, LocalText, Part, held_out_by_content
-from pretrain.vocabulary import Vocabulary
 
 TOKENIZER, FILES, META = "tokenizer.json", "files.txt", "meta.json"
 SIDES = "train", "held_out"

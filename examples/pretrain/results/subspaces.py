@@ -14,10 +14,10 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import BoundaryNorm, ListedColormap
 from matplotlib.figure import Figure
 
-from pretrain.energy import KINDS, LayerSpectra, energy_kept, rank_keeping, read_spectra
 from pretrain.errors import UserError
-from pretrain.figures import COLOURS, heading, style
-from pretrain.runs import Array, Run, read_config
+from pretrain.results.read import Array, Run, read_config
+from pretrain.results.spectra import KINDS, LayerSpectra, energy_kept, rank_keeping, read_spectra
+from pretrain.results.style import COLOURS, heading, style
 
 SHARE = 0.9  # of the energy, marked
 ROWS = 8  # more are too small to read

@@ -12,8 +12,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
-from pretrain.figures import COLOURS, heading, log_axis, smoothed, style, text
-from pretrain.runs import Array, Run, describe_lr, describe_model, describe_optimizer
+from pretrain.results.read import Array, Run, describe_lr, describe_model, describe_optimizer
+from pretrain.results.style import COLOURS, heading, log_axis, smoothed, style, text
 
 DASHES = ("-", "--", ":", "-.")  # beyond as many runs as colours
 PARTS = ("forward, backward and data", "optimizer: all else", "optimizer: refreshes")  # of a step
