@@ -252,6 +252,9 @@ class Config(BaseModel):
             lines.append(f"optimizer {self.optimizer.name} has no use for {', '.join(unused)}")
         if self.schedule == "cosine" and self.cooldown != type(self).model_fields["cooldown"].default:
             lines.append("the cosine schedule has no use for cooldown")
+        held_out = type(self).model_fields["held_out"].default
+        if self.dataset is not None and self.dataset.held_out_split and self.held_out != held_out:
+            lines.append("a dataset with a held_out_split has no use for held_out")
         if self.steps is not None and (late := [step for step in self.spectra_at if step >= self.steps]):
             lines.append(f"spectra_at {', '.join(map(str, late))}: the run has {self.steps} steps")
         return lines

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pretrain.errors import UserError
+from pretrain.files import write_atomically
 
 Array = NDArray[np.floating]
 
@@ -74,10 +74,7 @@ def save_spectra(
         return None
     path = Path(folder) / f"step-{step:06d}.npz"
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.tmp")
-    with unfinished.open("wb") as file:
-        np.savez(file, **arrays)
-    os.replace(unfinished, path)
+    write_atomically(path, lambda file: np.savez(file, **arrays))
     return path
 
 

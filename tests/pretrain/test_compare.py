@@ -84,6 +84,11 @@ def test_a_comparison(tmp_path):
     assert again.returncode == 0, again.stderr
     assert {p: p.stat().st_mtime_ns for p in (tmp_path / "out").rglob("metrics.jsonl")} == made
     assert (tmp_path / "out/curves.png").exists()
+    (tmp_path / "base.yaml").write_text(to_yaml(tiny(tmp_path, "unused", steps=4)))
+    other = compare()
+    assert other.returncode == 2
+    assert "steps is 3" in other.stderr
+    assert {p: p.stat().st_mtime_ns for p in (tmp_path / "out").rglob("metrics.jsonl")} == made
     losses = [
         json.loads(p.read_text())["held_out_loss"] for p in (tmp_path / "out/AdamW").glob("*/summary.json")
     ]

@@ -134,7 +134,7 @@ def test_no_run(tmp_path):
     with pytest.raises(UserError, match="cannot read"):
         Run.read(folder)
     (folder / "config.yaml").write_text("a: [")
-    with pytest.raises(UserError, match="not YAML"):
+    with pytest.raises(UserError, match="is no YAML"):
         Run.read(folder)
     folder = make_run(tmp_path / "summary")
     (folder / "summary.json").write_text("{")

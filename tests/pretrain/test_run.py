@@ -153,10 +153,17 @@ def test_resumes_to_the_same_bits(folder, variant, step, monkeypatch, request):
     assert metrics(stopped.out) == metrics(straight.out)
 
 
-def test_tensorboard_continues(folder, monkeypatch):
-    """Guards against steps shown twice, or lost, after a resume from an older checkpoint."""
+def on_board(out):
+    """Steps and losses as TensorBoard shows them."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+    board = EventAccumulator(str(out / "tensorboard"), size_guidance={"scalars": 0})
+    board.Reload()
+    return {tag: [(e.step, e.value) for e in board.Scalars(tag)] for tag in ("loss", "perplexity")}
+
+
+def test_tensorboard_continues(folder, monkeypatch):
+    """Guards against steps shown twice, or lost, after a resume from an older checkpoint."""
     config = tiny(folder, "board", tensorboard=True)
     with monkeypatch.context() as patch:
         interrupted_after(patch, 7)
@@ -164,12 +171,11 @@ def test_tensorboard_continues(folder, monkeypatch):
             run(config, resume=False)
     Checkpoints(config.out / "checkpoints", 1).path(7).unlink()
     run(config, resume=True)
-    board = EventAccumulator(str(config.out / "tensorboard"))
-    board.Reload()
+    board = on_board(config.out)
     logged = [line for line in metrics(config.out) if "loss" in line]
-    assert [e.step for e in board.Scalars("loss")] == list(range(1, 9))
-    assert [e.value for e in board.Scalars("loss")] == pytest.approx([line["loss"] for line in logged])
-    assert [e.step for e in board.Scalars("perplexity")] == [4, 8]
+    assert [step for step, _ in board["loss"]] == list(range(1, 9))
+    assert [value for _, value in board["loss"]] == pytest.approx([line["loss"] for line in logged])
+    assert [step for step, _ in board["perplexity"]] == [4, 8]
 
 
 def test_a_damaged_checkpoint_is_passed_over(folder, monkeypatch, capsys):
@@ -409,6 +415,7 @@ def test_killed_at_random(folder, seed):
     assert kills > 2
     assert_same(final_state(out), final_state(straight))
     assert metrics(out) == metrics(straight)
+    assert on_board(out) == on_board(straight)
 
 
 @pytest.mark.parametrize(

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 from numpy.typing import NDArray
 
+from pretrain.command_line import read_yaml
 from pretrain.errors import UserError
 
 Array = NDArray[np.float64]
@@ -98,15 +98,9 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
 def read_config(folder: Path) -> dict[str, Any]:
     """config.yaml; raises UserError where there is none."""
     path = Path(folder) / "config.yaml"
-    try:
-        config = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{folder} is no run: cannot read {path} ({error.strerror})") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not YAML: {error}") from error
-    if not isinstance(config, dict):
-        raise UserError(f"{path} is no configuration: it holds {config!r}")
-    return config
+    if not path.is_file():
+        raise UserError(f"{folder} is no run: it has no {path.name}")
+    return read_yaml(path)
 
 
 def _metrics(path: Path) -> tuple[Lines, Lines, Lines]:
