@@ -247,11 +247,11 @@ void check_parameter(const ProjectedParameter& p, size_t index) {
 at::Tensor projected_adamw_op(at::TensorList params, at::TensorList grads, at::TensorList exp_avgs,
                               at::TensorList exp_avg_sqs, at::TensorList bases, at::TensorList steps,
                               const c10::List<std::optional<at::Tensor>>& coefficients, at::IntArrayRef sides,
-                              at::IntArrayRef keys, at::IntArrayRef refreshes, double lr, double beta1,
+                              at::IntArrayRef keys, at::IntArrayRef refreshes,
+                              const std::optional<at::Tensor>& refresh_seconds, double lr, double beta1,
                               double beta2, double eps, double weight_decay, double scale, bool maximize,
                               c10::string_view arithmetic, c10::string_view sketch, int64_t power,
-                              int64_t oversampling, c10::string_view moments, int64_t seed,
-                              const std::optional<at::Tensor>& refresh_seconds) {
+                              int64_t oversampling, c10::string_view moments, int64_t seed) {
   const NoAutocast no_autocast;
   const size_t count = params.size();
   for (const size_t size : {grads.size(), exp_avgs.size(), exp_avg_sqs.size(), bases.size(), steps.size(),
@@ -262,8 +262,8 @@ at::Tensor projected_adamw_op(at::TensorList params, at::TensorList grads, at::T
   TORCH_CHECK_VALUE(oversampling >= 0, "Invalid oversampling: ", oversampling, " (must not be negative)");
   TORCH_CHECK_VALUE(power >= 0, "Invalid power: ", power, " (must not be negative)");
   const at::Tensor seconds = refresh_seconds.value_or(at::Tensor());
-  TORCH_CHECK_VALUE(!seconds.defined() || (seconds.device().is_cpu() && seconds.scalar_type() == at::kDouble &&
-                                           seconds.is_contiguous() &&
+  TORCH_CHECK_VALUE(!seconds.defined() || (seconds.device().is_cpu() &&
+                                           seconds.scalar_type() == at::kDouble && seconds.is_contiguous() &&
                                            seconds.sizes() == at::IntArrayRef(static_cast<int64_t>(count))),
                     "refresh_seconds must be ", count, " contiguous float64 numbers on the CPU");
   std::vector<ProjectedParameter> parameters(count);
@@ -366,9 +366,9 @@ TORCH_LIBRARY(galore_rrf, m) {
   m.def(
       "projected_adamw_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
       "Tensor(d!)[] bases, Tensor(e!)[] steps, Tensor?[] coefficients, int[] sides, int[] keys, "
-      "int[] refreshes, *, float lr, float beta1, float beta2, float eps, float weight_decay, float scale, "
-      "bool maximize=False, str arithmetic=\"torch\", str sketch=\"warm\", int power=1, int oversampling=0, "
-      "str moments=\"rotate\", int seed=0, Tensor(f!)? refresh_seconds=None) -> Tensor");
+      "int[] refreshes, Tensor(f!)? refresh_seconds=None, *, float lr, float beta1, float beta2, float eps, "
+      "float weight_decay, float scale, bool maximize=False, str arithmetic=\"torch\", str sketch=\"warm\", "
+      "int power=1, int oversampling=0, str moments=\"rotate\", int seed=0) -> Tensor");
   m.def("rotate_moments(Tensor exp_avg, Tensor exp_avg_sq, Tensor basis, Tensor new_basis, int side, "
         "float bias_correction1, float bias_correction2) -> (Tensor, Tensor)");
 }

@@ -138,6 +138,7 @@ def projected_adamw_(
     sides: Sequence[int],
     keys: Sequence[int],
     refreshes: Sequence[int],
+    refresh_seconds: Tensor | None = None,
     *,
     lr: float,
     beta1: float,
@@ -152,7 +153,6 @@ def projected_adamw_(
     oversampling: int = 0,
     moments: str = "rotate",
     seed: int = 0,
-    refresh_seconds: Tensor | None = None,
 ) -> Tensor:
     """One projected AdamW step (GaLore, algorithm 2) of a list of matrices, in place, in one call.
 
@@ -187,6 +187,7 @@ def projected_adamw_(
         sides,
         keys,
         refreshes,
+        refresh_seconds,
         lr=lr,
         beta1=beta1,
         beta2=beta2,
@@ -200,7 +201,6 @@ def projected_adamw_(
         oversampling=oversampling,
         moments=moments,
         seed=seed,
-        refresh_seconds=refresh_seconds,
     )
 
 

@@ -425,7 +425,6 @@ def test_killed_at_random(folder, seed):
         (["--data", "{binary}"], "binary"),
         (["--held-out", "0.0001"], "held_out"),
         (["--optimizer.rank", "32"], "optimizer.rank: 32 (must be below 32"),
-        (["--optimizer.name", "lora", "--optimizer.rank", "32"], "optimizer.rank"),
         (["--model.vocab-size", "30000"], "vocab_size"),
         (
             ["--optimizer.rank", "1000", "--optimizer.name", "lora", "--optimizer.lora-alpha", "-1"],
