@@ -9,7 +9,8 @@
 
 namespace galore_rrf {
 
-void for_each_in_parallel(const std::vector<double>& costs, const std::function<void(int64_t, int64_t)>& work) {
+void for_each_in_parallel(const std::vector<double>& costs,
+                          const std::function<void(int64_t, int64_t)>& work) {
   const int64_t count = static_cast<int64_t>(costs.size());
   const int64_t threads = at::in_parallel_region() ? 1 : at::get_num_threads();
   std::vector<int64_t> order(costs.size());

@@ -14,6 +14,7 @@ namespace galore_rrf {
 // at hundreds.  A piece that would keep the others waiting (it costs more than its share of all
 // that remains) runs alone instead, with all threads.  What a piece computes depends on the number
 // of threads only through that choice.  The first exception is rethrown once all have ended.
-void for_each_in_parallel(const std::vector<double>& costs, const std::function<void(int64_t, int64_t)>& work);
+void for_each_in_parallel(const std::vector<double>& costs,
+                          const std::function<void(int64_t, int64_t)>& work);
 
 }  // namespace galore_rrf
