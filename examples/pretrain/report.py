@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import resource
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ def report(trainer: Trainer, corpus: Corpus) -> None:
     write_atomically(
         out / "summary.json", lambda file: file.write((json.dumps(summary, indent=2) + "\n").encode())
     )
-    run = Run.read(out)
+    run = replace(run, summary=summary)
     pictures = [out / "curves.png"]
     plot_curves([run], pictures[0])
     if (out / "spectra").is_dir():
