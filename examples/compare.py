@@ -4,7 +4,8 @@
 
 For every row the peak learning rate of the matrices is swept, then, at its best, that of the other parameters;
 a sweep whose best value lies at an end goes on beyond it.  Every training is a run of pretrain_llama.py in a
-folder of its own; an interrupted comparison takes up where it was.  The end is a table and an overlay of the best.
+folder of its own; an interrupted comparison takes up where it was.  Where several ran at once, the best of each row
+is trained once more, alone, for its times.  The end is a table and an overlay of the best.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from typing import Annotated, Any
 
 import yaml
 from pretrain.command_line import merged, read_yaml, resumed, sentence
-from pretrain.errors import UserError
+from pretrain.errors import UserError, exit_status
 from pretrain.results.plots import plot_curves
 from pretrain.results.read import Run, runs_table
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError
@@ -120,12 +121,13 @@ def compare(comparison: Comparison, base: dict[str, Any]) -> dict[str, Path]:
     """Trains all that is wanted, `jobs` at once; the best run of every row."""
     sweeps = {name: Sweep(row, comparison.beyond) for name, row in comparison.rows.items()}
 
-    def folder(name: str, point: Point) -> Path:
-        return comparison.out / name.replace(" ", "_") / f"lr={point[0]:g},plain_lr={point[1]:g}"
+    def folder(name: str, point: Point, alone: bool = False) -> Path:
+        rates = f"lr={point[0]:g},plain_lr={point[1]:g}"
+        return comparison.out / name.replace(" ", "_") / (f"alone,{rates}" if alone else rates)
 
-    def run(name: str, point: Point) -> float:
+    def run(name: str, point: Point, alone: bool = False) -> float:
         rates = {"optimizer": {"lr": point[0], "plain_lr": point[1]}}
-        return train(folder(name, point), merged(base, comparison.rows[name].fields, rates))
+        return train(folder(name, point, alone), merged(base, comparison.rows[name].fields, rates))
 
     with ThreadPoolExecutor(comparison.jobs) as pool, tqdm(unit="run", disable=None) as bar:
         while work := [(name, point) for name, sweep in sweeps.items() for point in sweep.wanted()]:
@@ -137,7 +139,11 @@ def compare(comparison: Comparison, base: dict[str, Any]) -> dict[str, Path]:
     for name, sweep in sweeps.items():
         if not math.isfinite(sweep.losses[sweep.best()]):
             raise UserError(f"every training of {name} diverged: lower its lr and plain_lr")
-    return {name: folder(name, sweep.best()) for name, sweep in sweeps.items()}
+    alone = comparison.jobs > 1
+    if alone:
+        for name, sweep in sweeps.items():
+            run(name, sweep.best(), alone)
+    return {name: folder(name, sweep.best(), alone) for name, sweep in sweeps.items()}
 
 
 def main() -> int:
@@ -147,24 +153,17 @@ def main() -> int:
     parser.add_argument("comparison", type=Path, help="YAML: configs, out, rows, jobs")
     path = parser.parse_args().comparison
     try:
-        try:
-            comparison = Comparison.model_validate(read_yaml(path))
-        except ValidationError as error:
-            raise UserError("\n".join(map(sentence, error.errors()))) from error
-        base = merged(*(read_yaml(path.parent / config) for config in comparison.configs), comparison.fields)
-        best = compare(comparison, base)
-        runs = [Run.read(folder, label=name) for name, folder in best.items()]
-        print(runs_table(runs))
-        plot_curves(runs, comparison.out / "curves.png")
-        print(f"curves: {comparison.out / 'curves.png'}")
-    except UserError as error:
-        print(f"compare.py: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on from here", file=sys.stderr)
-        return 130
+        comparison = Comparison.model_validate(read_yaml(path))
+    except ValidationError as error:
+        raise UserError("\n".join(map(sentence, error.errors()))) from error
+    base = merged(*(read_yaml(path.parent / config) for config in comparison.configs), comparison.fields)
+    best = compare(comparison, base)
+    runs = [Run.read(folder, label=name) for name, folder in best.items()]
+    print(runs_table(runs))
+    plot_curves(runs, comparison.out / "curves.png")
+    print(f"curves: {comparison.out / 'curves.png'}")
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_status(main, "stopped; the same command goes on from here"))

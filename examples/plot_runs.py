@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from pretrain.errors import UserError
+from pretrain.errors import exit_status
 from pretrain.results.plots import plot_curves
 from pretrain.results.read import read_runs, runs_table
 
@@ -16,16 +16,12 @@ def main() -> int:
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run")
     parser.add_argument("--out", type=Path, default=Path("curves.png"), help="PNG to write (%(default)s)")
     args = parser.parse_args()
-    try:
-        runs = read_runs(args.runs)
-        plot_curves(runs, args.out)
-    except UserError as error:
-        print(f"plot_runs.py: {error}", file=sys.stderr)
-        return 2
+    runs = read_runs(args.runs)
+    plot_curves(runs, args.out)
     print(runs_table(runs))
     print(f"\nCurves: {args.out}")
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_status(main, "stopped"))

@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 from pretrain.command_line import parse
-from pretrain.errors import UserError
+from pretrain.errors import exit_status
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 
@@ -26,24 +26,17 @@ def default_configs() -> list[Path]:
 
 
 def main() -> int:
-    try:
-        config, resume = parse(sys.argv[1:], default_configs)
-        from pretrain.run import Interrupted, run  # seconds, which --help and wrong options need not wait
+    config, resume = parse(sys.argv[1:], default_configs)
+    from pretrain.run import Interrupted, run  # seconds, which --help and wrong options need not wait
 
-        try:
-            run(config, resume is not None)
-        except Interrupted as stop:
-            again = shlex.join([sys.executable, sys.argv[0], "--resume", str(config.out)])
-            print(f"{stop}; to go on: {again}", file=sys.stderr)
-            return 130
-    except UserError as error:
-        print(f"pretrain_llama.py: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("stopped at once; what checkpoints there are, are whole", file=sys.stderr)
+    try:
+        run(config, resume is not None)
+    except Interrupted as stop:
+        again = shlex.join([sys.executable, sys.argv[0], "--resume", str(config.out)])
+        print(f"{stop}; to go on: {again}", file=sys.stderr)
         return 130
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_status(main, "stopped at once; what checkpoints there are, are whole"))

@@ -245,6 +245,11 @@ class Config(BaseModel):
             raise ValueError("only one of data and dataset can be given")
         return self
 
+    @property
+    def pass_size(self) -> int:
+        """Sequences that one forward and backward pass holds."""
+        return self.micro_batch or self.batch
+
     def without_effect(self) -> list[str]:
         """What is set and does nothing here, in sentences."""
         lines = []

@@ -76,7 +76,7 @@ def run(config: Config, resume: bool) -> None:
         raise UserError(f"cannot read or write {error.filename or out}: {error.strerror or error}") from error
     except torch.OutOfMemoryError as error:
         raise UserError(
-            f"out of memory on {config.device}: a smaller micro_batch ({config.micro_batch or config.batch}) or "
+            f"out of memory on {config.device}: a smaller micro_batch ({config.pass_size}) or "
             f"activation_checkpointing takes less ({str(error).splitlines()[0]})"
         ) from error
 

@@ -57,7 +57,7 @@ def steps_that_fit(config: Config, corpus: Corpus) -> int:
 def _validation_seconds(trial: Trainer) -> float:
     """By one forward pass."""
     config = trial.config
-    tokens = min(config.eval_tokens, (config.micro_batch or config.batch) * config.sequence_length)
+    tokens = min(config.eval_tokens, config.pass_size * config.sequence_length)
     start = time.monotonic()
     trial.held_out_loss(tokens)
     return (time.monotonic() - start) * config.eval_tokens / tokens

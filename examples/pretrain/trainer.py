@@ -31,7 +31,6 @@ class Trainer:
         self._scaler = torch.amp.GradScaler(config.device, enabled=config.precision == "fp16_mixed")
         self._batches = Batches(corpus.train, config.sequence_length, config.seed)
         self._held_out = held_out_windows(corpus.held_out, config.sequence_length, config.eval_tokens)
-        self._micro_batch = config.micro_batch or config.batch
 
     @property
     def tokens(self) -> int:
@@ -52,10 +51,10 @@ class Trainer:
         for group, peak in zip(optimizer.param_groups, self._peaks, strict=True):
             group["lr"] = peak * factor
 
-        passes = config.batch // self._micro_batch
+        passes = config.batch // config.pass_size
         loss = 0.0
         for i in range(passes):
-            windows = self._batches(self.step * config.batch + i * self._micro_batch, self._micro_batch)
+            windows = self._batches(self.step * config.batch + i * config.pass_size, config.pass_size)
             with autocast(config):
                 part = token_losses(self.forward, windows.to(config.device)).mean() / passes
             scaler.scale(part).backward()
@@ -86,7 +85,7 @@ class Trainer:
         """Mean loss, in nats, of the first `tokens` held-out tokens, by default of ``config.eval_tokens``."""
         self.model.eval()
         total, count = 0.0, 0
-        for windows in self._held_out.split(self._micro_batch):
+        for windows in self._held_out.split(self.config.pass_size):
             with autocast(self.config):
                 losses = token_losses(self.forward, windows.to(self.config.device))
             losses = losses[: self.config.eval_tokens - count]  # the last sequence may go beyond

@@ -52,7 +52,7 @@ def make_run(folder, steps=40, optimizer=GALORE, every=10, ended=True, more=()):
     lines += more
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     if ended:
-        parts = [("momentum", 2**20), ("variance", 2**20), ("together", 2**21)]
+        parts = [("momentum", 2**20), ("variance", 2**20)]
         summary = {
             "steps": steps,
             "tokens": 512 * steps,

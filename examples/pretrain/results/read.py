@@ -265,6 +265,6 @@ def _row(run: Run) -> list[str]:
         number("optimizer_seconds", optimizer, ",.1f"),
         f"{optimizer / seconds:.1%}" if seconds > 0 else "-",
         number("refresh_seconds", refresh, ",.1f"),
-        megabytes(state.get("together", sum(state.values()))) if state else "-",
+        megabytes(sum(state.values())) if state else "-",
         megabytes(summary.get("peak_memory_bytes")),
     ]
