@@ -5,6 +5,9 @@ PRETRAIN_ARGS ?=
 MAX_JOBS ?= $(shell nproc)
 export MAX_JOBS
 
+# csrc/ops, a folder, is not made from csrc/ops.cpp.
+MAKEFLAGS += --no-builtin-rules
+
 VENV := .venv
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 

@@ -27,6 +27,10 @@ struct Kernels {
   // out[i, :] <- a[order[i], :], both fp32 or fp64 with columns in one piece each; order int64.
   void (*gather_rows)(const at::Tensor& out, const at::Tensor& a, const at::Tensor& order);
 
+  // The LU factorisation without pivoting of q diag(signs) - I in place of q (w x w, row-major): signs (w),
+  // +-1, chosen so that no pivot is under 1.
+  void (*signed_lu)(const at::Tensor& q, const at::Tensor& signs);
+
   // mean <- m / bias_correction1, variance <- v / bias_correction2 - mean^2: four matrices of one shape
   // and stride order, each with one stride of 1.
   void (*moments_to_variance)(const at::Tensor& mean, const at::Tensor& variance, const at::Tensor& exp_avg,

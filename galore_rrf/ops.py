@@ -64,6 +64,7 @@ def range_finder(
     warm: Tensor | None = None,
     coefficients: bool = True,
     ordered: bool = False,
+    panel: str = "householder",
     seed: int = 0,
     key: int = 0,
     refresh: int = 0,
@@ -86,6 +87,7 @@ def range_finder(
         warm=warm,
         coefficients=coefficients,
         ordered=ordered,
+        panel=panel,
         seed=seed,
         key=key,
         refresh=refresh,
@@ -102,15 +104,20 @@ def adaptive_range_finder(
     method: str = "auto",
     sketch: str = "plain",
     trim: bool = True,
+    extra_blocks: int = 1,
+    between: str = "householder",
+    panel: str = "householder",
+    implicit: bool = False,
     seed: int = 0,
     key: int = 0,
     refresh: int = 0,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Adaptive range finder of a (..., m, n): see `galore_rrf.adaptive_range_finder` for the arguments.
 
     Returns basis (..., m, cap), coefficients (..., cap, n), both zero beyond the rank, with
     cap = min(m, n, max_rank); int64 rank (...); relative residual (...) in fp64; residuals (..., blocks)
-    after every block, NaN where none ran; uint8 status (...).
+    after every block, NaN where none ran; uint8 status (...); and, with `implicit`, T (..., cap, cap) of the
+    block reflector whose V takes the place of the basis, else (..., 0, 0).
     """
     return _ops.adaptive_range_finder(
         a,
@@ -121,10 +128,96 @@ def adaptive_range_finder(
         method=method,
         sketch=sketch,
         trim=trim,
+        extra_blocks=extra_blocks,
+        between=between,
+        panel=panel,
+        implicit=implicit,
         seed=seed,
         key=key,
         refresh=refresh,
     )
+
+
+def adaptive_range_finders(
+    matrices: Sequence[Tensor],
+    tolerance: float,
+    max_rank: int,
+    keys: Sequence[int],
+    refreshes: Sequence[int],
+    *,
+    block: int = 64,
+    method: str = "auto",
+    sketch: str = "plain",
+    seed: int = 0,
+) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
+    """Adaptive range finders of many matrices or stacks (m x n, e x m x n; of any shapes) in one call.
+
+    All are trimmed, at one relative tolerance and rank cap, side by side: a matrix a thread.  Element i
+    uses the test matrices of ``keys[i]`` (of its first matrix) and ``refreshes[i]``.
+
+    Returns lists of bases, coefficients, ranks and statuses, as of `adaptive_range_finder`.
+    """
+    return _ops.adaptive_range_finders(
+        matrices,
+        tolerance,
+        max_rank,
+        keys,
+        refreshes,
+        block=block,
+        method=method,
+        sketch=sketch,
+        seed=seed,
+    )
+
+
+def panel_qr(panel: Tensor, *, method: str = "householder") -> tuple[Tensor, Tensor, Tensor]:
+    """A panel (..., p, w) as H [R; 0] with a block reflector H = I - V T V^T (Schreiber, Van Loan 1989).
+
+    ``method="householder"`` reflects column by column; ``"cholesky_qr"`` and ``"gram_schmidt"`` find Q
+    explicitly (`orthonormal_panel`) and reconstruct V from it, or do as householder where they cannot.
+    T by the UT transform (Joffrain et al. 2006): T^-1 = striu(V^T V) + diag(V^T V) / 2.
+
+    Returns V (..., p, k), unit lower trapezoidal, T (..., k, k) and R (..., k, w), upper triangular, with
+    k = min(p, w); fp64 for fp64 panels, else fp32.
+    """
+    return _ops.panel_qr(panel, method=method)
+
+
+def orthonormal_panel(panel: Tensor, *, method: str = "cholesky_qr") -> tuple[Tensor, Tensor, Tensor]:
+    """A panel (..., p, w) as Q R, Q (..., p, k) orthonormal, R (..., k, w), k = min(p, w).
+
+    ``"cholesky_qr"``: Cholesky QR twice with Gram matrices in fp64 (Yamamoto et al. 2015), for condition
+    numbers to about 10^7; ``"gram_schmidt"``: classical, every column twice (Giraud et al. 2005);
+    ``"householder"``, which also serves where the others cannot: the third result (..., bool) says where.
+    """
+    return _ops.orthonormal_panel(panel, method=method)
+
+
+def householder_reconstruction(q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The block reflector I - V T V^T whose first w columns are those of an orthonormal q, up to signs.
+
+    By the LU factorisation of q diag(signs) - I, which needs no pivoting (Ballard et al. 2014); q (..., p, w).
+    Returns V (..., p, w), T (..., w, w) and signs (..., w), +-1: H[:, :w] = q diag(signs).
+    """
+    return _ops.householder_reconstruction(q)
+
+
+def apply_block_reflector(v: Tensor, t: Tensor, a: Tensor, *, transpose: bool = False) -> Tensor:
+    """H a, or H^T a, with H = I - V T V^T: v (..., p, w), t (..., w, w), a (..., p, any), all of one dtype."""
+    return _ops.apply_block_reflector(v, t, a, transpose=transpose)
+
+
+def explicit_basis(v: Tensor, t: Tensor) -> Tensor:
+    """The first w columns (..., p, w) of I - V T V^T: what an implicit basis stands for."""
+    return _ops.explicit_basis(v, t)
+
+
+def svd_of_product(basis: Tensor, coefficients: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """U (..., m, r), S (..., r), V (..., n, r) with Q B = U diag(S) V^T: Q (..., m, r) orthonormal, B (..., r, n).
+
+    By a QR of B^T and the SVD of its triangle; r <= n.
+    """
+    return _ops.svd_of_product(basis, coefficients)
 
 
 def projected_adamw_(
@@ -235,16 +328,33 @@ def _(rows: int, cols: int, *, dtype: torch.dtype | None = None, device: Any = N
     return torch.empty(rows, cols, dtype=dtype, device=device)
 
 
+def _column_major(a: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+    """Empty (..., rows, cols), as LAPACK lays matrices out."""
+    *batch, rows, cols = shape
+    return a.new_empty((*batch, cols, rows), dtype=dtype or _compute_dtype(a)).mT
+
+
 @torch.library.register_fake("galore_rrf::range_finder")
 def _(a: Tensor, rank: int, *, coefficients: bool = True, **_: Any) -> tuple[Tensor, ...]:
     *batch, m, n = a.shape
-    dtype = _compute_dtype(a)
     return (
-        a.new_empty((*batch, m, rank), dtype=dtype),
-        a.new_empty((*batch, rank if coefficients else 0, n), dtype=dtype),
+        _column_major(a, *batch, m, rank),
+        a.new_empty((*batch, rank if coefficients else 0, n), dtype=_compute_dtype(a)),
         a.new_empty(batch, dtype=torch.float64),
         a.new_empty(batch, dtype=torch.uint8),
     )
+
+
+def _adaptive_shapes(
+    a: Tensor, max_rank: int | None, block: int, sketch: str, trim: bool, extra_blocks: int, implicit: bool
+) -> tuple[int, int]:
+    """Rank cap, and blocks at most (`block_cap` in csrc/range_finder/adaptive.cpp)."""
+    m, n = a.shape[-2:]
+    block = min(block, n) if sketch == "half_power" else block
+    cap = min(m, n) if max_rank is None else min(m, n, max_rank)
+    full = min(m, n + 16) if m > n and not implicit else min(m, n)
+    columns = full if cap == min(m, n) else min(full, cap + (extra_blocks * block if trim else 0))
+    return cap, (columns + block - 1) // block
 
 
 @torch.library.register_fake("galore_rrf::adaptive_range_finder")
@@ -255,22 +365,74 @@ def _(
     block: int = 64,
     max_rank: int | None = None,
     sketch: str = "plain",
+    trim: bool = True,
+    extra_blocks: int = 1,
+    implicit: bool = False,
     **_: Any,
 ) -> tuple[Tensor, ...]:
     *batch, m, n = a.shape
-    block = min(block, n) if sketch == "half_power" else block
-    full = min(m, n)
-    cap = full if max_rank is None else min(full, max_rank)
-    columns = min(m, n + 16) if m > n and cap == n else cap
-    dtype = _compute_dtype(a)
+    cap, blocks = _adaptive_shapes(a, max_rank, block, sketch, trim, extra_blocks, implicit)
+    dtype, t = _compute_dtype(a), cap if implicit else 0
     return (
-        a.new_empty((*batch, m, cap), dtype=dtype),
+        _column_major(a, *batch, m, cap),
         a.new_empty((*batch, cap, n), dtype=dtype),
         a.new_empty(batch, dtype=torch.int64),
         a.new_empty(batch, dtype=torch.float64),
-        a.new_empty((*batch, (columns + block - 1) // block), dtype=torch.float64),
+        a.new_empty((*batch, blocks), dtype=torch.float64),
         a.new_empty(batch, dtype=torch.uint8),
+        a.new_empty((*batch, t, t), dtype=dtype),
     )
+
+
+@torch.library.register_fake("galore_rrf::adaptive_range_finders")
+def _(matrices: Sequence[Tensor], tolerance: float, max_rank: int, *_: Any, **__: Any) -> tuple[Any, ...]:
+    caps = [min(*a.shape[-2:], max_rank) for a in matrices]
+    sized = list(zip(matrices, caps, strict=True))
+    return (
+        [_column_major(a, *a.shape[:-1], cap) for a, cap in sized],
+        [a.new_empty((*a.shape[:-2], cap, a.shape[-1]), dtype=_compute_dtype(a)) for a, cap in sized],
+        [a.new_empty(a.shape[:-2], dtype=torch.int64) for a in matrices],
+        [a.new_empty(a.shape[:-2], dtype=torch.uint8) for a in matrices],
+    )
+
+
+@torch.library.register_fake("galore_rrf::panel_qr")
+def _(panel: Tensor, **_: Any) -> tuple[Tensor, ...]:
+    *batch, p, w = panel.shape
+    k = min(p, w)
+    return tuple(_column_major(panel, *batch, *size) for size in ((p, k), (k, k), (k, w)))
+
+
+@torch.library.register_fake("galore_rrf::orthonormal_panel")
+def _(panel: Tensor, **_: Any) -> tuple[Tensor, ...]:
+    *batch, p, w = panel.shape
+    k = min(p, w)
+    q, r = (_column_major(panel, *batch, *size) for size in ((p, k), (k, w)))
+    return q, r, panel.new_empty(batch, dtype=torch.bool)
+
+
+@torch.library.register_fake("galore_rrf::householder_reconstruction")
+def _(q: Tensor) -> tuple[Tensor, ...]:
+    *batch, p, w = q.shape
+    v, t = (_column_major(q, *batch, *size) for size in ((p, w), (w, w)))
+    return v, t, q.new_empty((*batch, w), dtype=_compute_dtype(q))
+
+
+@torch.library.register_fake("galore_rrf::apply_block_reflector")
+def _(v: Tensor, t: Tensor, a: Tensor, **_: Any) -> Tensor:
+    return torch.empty_like(a, memory_format=torch.contiguous_format)
+
+
+@torch.library.register_fake("galore_rrf::explicit_basis")
+def _(v: Tensor, t: Tensor) -> Tensor:
+    return _column_major(v, *v.shape)
+
+
+@torch.library.register_fake("galore_rrf::svd_of_product")
+def _(basis: Tensor, coefficients: Tensor) -> tuple[Tensor, ...]:
+    *batch, m, r = basis.shape
+    u, v = (_column_major(basis, *batch, rows, r) for rows in (m, coefficients.shape[-1]))
+    return u, basis.new_empty((*batch, r)), v
 
 
 @torch.library.register_fake("galore_rrf::projected_adamw_")

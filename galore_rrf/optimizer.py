@@ -182,23 +182,30 @@ class GaLoreAdamW(AdamW):
 
     @torch.no_grad()
     def _projected_step(self, group: dict[str, Any], options: SubspaceOptions, params: list[Tensor]) -> None:
-        """Refreshes that change shapes first, a matrix at a time; then all others in one call."""
+        """Refreshes that may change shapes first, then the step of all."""
         self._init_projected(params, options)
-        together = []
-        for p in params:
-            state = self.state[p]
-            due = refresh_due(state, options.update_proj_gap)
-            if due and not refreshed_in_step(state, options):
-                grad = as_matrices(_grad(p))
-                beta1, beta2 = map(float, group["betas"])
-                start = time.perf_counter()
-                projected = refresh(state, grad, options, (beta1, beta2))
-                self._refresh_seconds += time.perf_counter() - start
-                self._call(group, options, [p], [-1], [projected])
-            else:
-                together.append((p, state["refreshes"] if due else -1))
-        if together:
-            self._call(group, options, [p for p, _ in together], [due for _, due in together], None)
+        due = [p for p in params if refresh_due(self.state[p], options.update_proj_gap)]
+        apart = [p for p in due if not refreshed_in_step(self.state[p], options)]
+        coefficients: dict[Tensor, Tensor | None] = {}
+        if apart:
+            beta1, beta2 = map(float, group["betas"])
+            start = time.perf_counter()
+            found = refresh(
+                [self.state[p] for p in apart],
+                [as_matrices(_grad(p)) for p in apart],
+                options,
+                (beta1, beta2),
+            )
+            self._refresh_seconds += time.perf_counter() - start
+            coefficients = dict(zip(apart, found, strict=True))
+        within = set(due).difference(apart)
+        self._call(
+            group,
+            options,
+            params,
+            [self.state[p]["refreshes"] if p in within else -1 for p in params],
+            [coefficients.get(p) for p in params],
+        )
 
     def _call(
         self,
@@ -206,7 +213,7 @@ class GaLoreAdamW(AdamW):
         options: SubspaceOptions,
         params: list[Tensor],
         refreshes: list[int],
-        coefficients: list[Tensor | None] | None,
+        coefficients: list[Tensor | None],
     ) -> None:
         states = [self.state[p] for p in params]
         weights = [as_matrices(p) for p in params]
@@ -220,7 +227,7 @@ class GaLoreAdamW(AdamW):
             [state["exp_avg_sq"] for state in states],
             [state["basis"] for state in states],
             [state["step"] for state in states],
-            coefficients or [None] * len(params),
+            coefficients,
             [state["side"] for state in states],
             [state["key"] for state in states],
             refreshes,

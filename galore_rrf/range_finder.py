@@ -1,14 +1,15 @@
 """Randomized range finders for everyday use, without any optimizer.
 
-Both find, for a matrix A (m x n), an orthonormal Q (m x r) whose columns nearly span A's, so that A is
+All find, for a matrix A (m x n), an orthonormal Q (m x r) whose columns nearly span A's, so that A is
 nearly Q B with B = Q^T A: Halko, Martinsson and Tropp, "Finding structure with randomness" (2011).  For the
-row space pass ``a.mT``.  Neither is differentiable.
+row space pass ``a.mT``.  None is differentiable.  What tolerances mean: docs/numerics.md.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import IntEnum
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -35,6 +36,20 @@ class Status(IntEnum):
 
 
 @dataclass(frozen=True)
+class BlockReflector:
+    """An orthogonal H = I - V T V^T in compact WY form (Schreiber and Van Loan 1989)."""
+
+    v: Tensor
+    """(..., m, r), unit lower trapezoidal."""
+    t: Tensor
+    """(..., r, r), upper triangular."""
+
+    def apply(self, a: Tensor, *, transpose: bool = False) -> Tensor:
+        """H a or H^T a, of a (..., m, any)."""
+        return ops.apply_block_reflector(self.v, self.t, a, transpose=transpose)
+
+
+@dataclass(frozen=True)
 class RangeFinderResult:
     """What a range finder returns, of a matrix (m x n) or of a batch (..., m, n).
 
@@ -42,8 +57,8 @@ class RangeFinderResult:
     `basis` and `coefficients` are as wide as the largest rank, zero beyond each matrix's own.
     """
 
-    basis: Tensor
-    """Q, (..., m, rank), orthonormal columns; fp64 for fp64 input, else fp32."""
+    explicit_basis: Tensor | None
+    """`basis`, or None where it was asked for in implicit form."""
     coefficients: Tensor | None
     """B = Q^T A, (..., rank, n); None where they were not asked for."""
     rank: int | Tensor
@@ -52,6 +67,22 @@ class RangeFinderResult:
     residuals: list[float] | Tensor
     """The relative residual after every block, before trimming; NaN where a batch's matrix had ended."""
     status: Status | Tensor
+    reflector: BlockReflector | None = None
+    """With ``implicit=True``: H, whose first `rank` columns are Q."""
+
+    @cached_property
+    def basis(self) -> Tensor:
+        """Q, (..., m, rank), orthonormal columns, laid out column by column; fp64 for fp64 input, else fp32.
+
+        Formed when first asked for where the form is implicit.
+        """
+        if self.explicit_basis is not None:
+            return self.explicit_basis
+        assert self.reflector is not None
+        q = ops.explicit_basis(self.reflector.v, self.reflector.t)
+        if isinstance(self.rank, Tensor):  # columns beyond a matrix's own rank are those of the identity
+            q = q * (torch.arange(q.shape[-1], device=q.device) < self.rank[..., None])[..., None, :]
+        return q
 
 
 def range_finder(
@@ -63,6 +94,7 @@ def range_finder(
     power: int = 1,
     warm: Tensor | None = None,
     coefficients: bool = True,
+    panel: str = "householder",
     seed: int = 0,
     key: int = 0,
     refresh: int = 0,
@@ -80,6 +112,8 @@ def range_finder(
         power: full power steps of ``sketch="power"``.
         warm: a basis (..., m, any) found for a matrix like `a` before.
         coefficients: whether to compute B = Q^T A, and the residual with it.
+        panel: how the sketch is orthonormalised: ``"householder"``, ``"cholesky_qr"`` or
+            ``"gram_schmidt"`` (`ops.orthonormal_panel`).
         seed, key, refresh: choose the Gaussian test matrix (`ops.gaussian_sketch`); matrix i of a batch
             has that of ``key + i``.  The same arguments give the same result.
 
@@ -94,6 +128,7 @@ def range_finder(
         power=power,
         warm=warm,
         coefficients=coefficients,
+        panel=panel,
         seed=seed,
         key=key,
         refresh=refresh,
@@ -116,30 +151,42 @@ def adaptive_range_finder(
     method: str = "auto",
     sketch: str = "plain",
     trim: bool = True,
+    extra_blocks: int = 1,
+    between: str = "householder",
+    panel: str = "householder",
+    implicit: bool = False,
     seed: int = 0,
     key: int = 0,
     refresh: int = 0,
 ) -> RangeFinderResult:
     """The smallest orthonormal basis Q, up to `max_rank` columns, with ||A - Q Q^T A||_F within a tolerance.
 
-    A blocked Householder QR of sketches of what is left of A (Penke 2024), the residual measured on what is
-    left and so free of cancellation.
+    A blocked Householder QR of sketches of what is left of A (Penke 2024).
 
     Args:
         a: real floating-point (..., m, n), any strides; unchanged.
         tolerance: bound on the residual, times ||A||_F where `relative`; 0 asks for full rank.
         block: columns added at a time.
         max_rank: rank cap; None: min(m, n).
-        method: ``"right_looking"``, or ``"auto"`` to choose.
-        sketch: ``"plain"`` or ``"half_power"`` (see `range_finder`).
-        trim: compute one block more, then cut to the smallest rank within the tolerance; the basis columns
-            are then ordered by the energy they keep.  Without it the rank is a multiple of the block.
+        method: ``"right_looking"`` takes every block out of a copy of A and measures what is left, right
+            to the floor of the dtype; ``"left_looking"`` only reads A and takes differences of norms, a
+            third faster and right down to tolerances of 8 sqrt(u) (2e-3 in fp32, 8.5e-8 in fp64);
+            ``"auto"`` takes the latter where it is right.
+        sketch: ``"plain"`` or ``"half_power"`` (see `range_finder`), of what is left.
+        trim: compute `extra_blocks` more, then cut to the smallest rank within the tolerance; the basis
+            columns are then ordered by the energy they keep.  Without it the rank is a multiple of the block.
+        between: how a block is made orthogonal to those before it: ``"householder"`` or
+            ``"gram_schmidt"`` (randQB, Martinsson and Voronin 2016).
+        panel: the same within a block: ``"householder"``, ``"cholesky_qr"`` or ``"gram_schmidt"``
+            (`ops.panel_qr`).  docs/range_finders.md compares them all.
+        implicit: return the basis as `reflector`, without forming it; with ``trim=False`` and
+            ``between="householder"``.
         seed, key, refresh: as in `range_finder`.
 
     Raises:
         ValueError, TypeError: naming the argument, its value and what is allowed.
     """
-    basis, b, rank, residual, residuals, status = ops.adaptive_range_finder(
+    basis, b, rank, residual, residuals, status, t = ops.adaptive_range_finder(
         a,
         tolerance,
         relative=relative,
@@ -148,13 +195,97 @@ def adaptive_range_finder(
         method=method,
         sketch=sketch,
         trim=trim,
+        extra_blocks=extra_blocks,
+        between=between,
+        panel=panel,
+        implicit=implicit,
         seed=seed,
         key=key,
         refresh=refresh,
     )
     largest = int(rank.max()) if rank.numel() else 0
     basis, b = basis[..., :largest], b[..., :largest, :]
+    reflector = BlockReflector(basis, t[..., :largest, :largest]) if implicit else None
+    explicit = None if implicit else basis
     if a.dim() > 2:
-        return RangeFinderResult(basis, b, rank, residual, residuals, status)
+        return RangeFinderResult(explicit, b, rank, residual, residuals, status, reflector)
     blocks = residuals[residuals.isfinite()].tolist()
-    return RangeFinderResult(basis, b, largest, residual.item(), blocks, Status(int(status)))
+    ended = Status(int(status))
+    return RangeFinderResult(explicit, b, largest, residual.item(), blocks, ended, reflector)
+
+
+def _one_of(rank: int | None, tolerance: float | None, name: str) -> None:
+    if (rank is None) == (tolerance is None):
+        raise ValueError(f"exactly one of {name} ({rank}) and tolerance ({tolerance}) must be given")
+
+
+def qb(
+    a: Tensor, rank: int | None = None, *, tolerance: float | None = None, seed: int = 0
+) -> tuple[Tensor, Tensor]:
+    """A nearly as Q B: Q (..., m, r) with orthonormal columns, B = Q^T A (..., r, n).
+
+    Args:
+        a: real floating-point (..., m, n).
+        rank: r, by half a power step (`range_finder`); or
+        tolerance: the smallest r with ||A - Q B||_F <= tolerance ||A||_F (`adaptive_range_finder`); of a
+            batch the largest, zeros where a matrix needs fewer.
+        seed: of the test matrix.
+
+    Raises:
+        ValueError: unless exactly one of rank and tolerance is given; as the range finders.
+    """
+    _one_of(rank, tolerance, "rank")
+    if rank is not None:
+        found = range_finder(a, rank, seed=seed)
+    else:
+        assert tolerance is not None
+        found = adaptive_range_finder(a, tolerance, seed=seed)
+    assert found.coefficients is not None
+    return found.basis, found.coefficients
+
+
+def svd_lowrank(
+    a: Tensor,
+    q: int | None = None,
+    niter: int = 2,
+    M: Tensor | None = None,  # noqa: N803 (the name that torch.svd_lowrank has)
+    *,
+    tolerance: float | None = None,
+    seed: int = 0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``torch.svd_lowrank`` on this package's range finders: U, S, V with A nearly U diag(S) V^T.
+
+    Takes what that takes, but for sparse and complex matrices, and is not differentiable; the same arguments
+    give the same result, whatever the state of torch's generator.
+
+    Args:
+        a: real floating-point (..., m, n).
+        q: number of singular values; None, without a tolerance: min(6, m, n).
+        niter: power steps, as torch counts them.
+        M: subtracted from `a` first, (..., m, n) or broadcasting to it.
+        tolerance: instead of q, the smallest number with ||A - U diag(S) V^T||_F <= tolerance ||A||_F;
+            niter is then without use.  Of a batch the largest, with singular values 0 where fewer do.
+        seed: of the test matrix.
+
+    Returns:
+        U (..., m, q), S (..., q) descending, V (..., n, q); fp64 for fp64 input, else fp32.
+
+    Raises:
+        ValueError: where both q and tolerance are given; as the range finders.
+    """
+    if M is not None:
+        a = a - M
+    if niter < 0:
+        raise ValueError(f"Invalid niter: {niter} (must not be negative)")
+    if tolerance is None:
+        smaller = min(a.shape[-2:]) if a.dim() >= 2 else 0  # the range finder refuses what is no matrix
+        if q is not None and smaller and not 1 <= q <= smaller:
+            raise ValueError(f"Invalid q: {q} (must be from 1 to {smaller}, the smaller side)")
+        rank = min(6, smaller) if q is None else q
+        sketch = {0: "plain"}.get(niter, "power")
+        found = range_finder(a, rank, sketch=sketch, power=niter, seed=seed)
+    else:
+        _one_of(q, tolerance, "q")
+        found = adaptive_range_finder(a, tolerance, seed=seed)
+    assert found.coefficients is not None
+    return ops.svd_of_product(found.basis, found.coefficients)

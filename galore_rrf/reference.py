@@ -171,11 +171,12 @@ def range_finder(
     warm: Tensor | None = None,
     coefficients: bool = True,
     ordered: bool = False,
+    panel: str = "householder",
     seed: int = 0,
     key: int = 0,
     refresh: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Fixed-rank range finder of every matrix of a batch."""
+    """Fixed-rank range finder of every matrix of a batch; `panel` makes no difference here."""
     *batch, m, n = a.shape
     matrices = a.reshape(-1, m, n)
     previous = [None] * len(matrices) if warm is None else list(warm.reshape(-1, m, warm.shape[-1]))
@@ -203,6 +204,8 @@ def _adaptive(
     max_rank: int,
     sketch: str,
     trim: bool,
+    extra_blocks: int,
+    columns: int,
     seed: int,
     key: int,
     refresh: int,
@@ -230,34 +233,33 @@ def _adaptive(
     total = energy(rest)
     tau = tolerance if relative else math.ldexp(tolerance, -exponent) / math.sqrt(total)
     threshold = tau**2 * total
-    # The last sketch of a tall matrix of full rank is square: a few columns more, trimmed off again.
-    cap = min(m, n + 16) if m > n and max_rank == n else max_rank
     residuals: list[float] = []
     left = total
 
     def add_block() -> None:
         nonlocal q, b, rest, left
-        columns = slice(q.shape[1], min(q.shape[1] + block, cap))
-        width = columns.stop - columns.start
+        new_columns = slice(q.shape[1], min(q.shape[1] + block, columns))
+        width = new_columns.stop - new_columns.start
         rows = m if sketch == "half_power" else n
         omega = gaussian_sketch(
-            rows, width, seed=seed, key=key, refresh=refresh, col_offset=columns.start, dtype=dtype
+            rows, width, seed=seed, key=key, refresh=refresh, col_offset=new_columns.start, dtype=dtype
         )
         y = rest @ omega if sketch == "plain" else rest @ _orth(rest.mT @ omega)
         if y.shape[1] < width:  # more columns than n: any will do
             y = torch.cat([y, omega[:, y.shape[1] :]], 1)
-        new = _orth(torch.cat([q, _orth(y)], 1))[:, columns]  # reorthogonalised against the earlier blocks
+        new = _orth(torch.cat([q, _orth(y)], 1))[:, new_columns]  # reorthogonalised against the earlier blocks
         kept = new.mT @ rest
         rest = rest - new @ kept
         q, b = torch.cat([q, new], 1), torch.cat([b, kept])
         left = energy(rest)
         residuals.append(math.sqrt(left / total))
 
-    while q.shape[1] < cap and left > threshold:
+    while q.shape[1] < columns and left > threshold:
         add_block()
     trim = trim and left <= threshold
-    if trim and q.shape[1] < cap and left > 0:
-        add_block()  # one more, so that trimming comes close to the smallest rank
+    for _ in range(extra_blocks if trim else 0):  # so that trimming comes close to the smallest rank
+        if q.shape[1] < columns and left > 0:
+            add_block()
 
     if trim or q.shape[1] > max_rank:
         q, b, energies = _by_energy(q, b)
@@ -281,15 +283,24 @@ def adaptive_range_finder(
     method: str = "auto",
     sketch: str = "plain",
     trim: bool = True,
+    extra_blocks: int = 1,
+    between: str = "householder",
+    panel: str = "householder",
+    implicit: bool = False,
     seed: int = 0,
     key: int = 0,
     refresh: int = 0,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Adaptive range finder of every matrix of a batch (Penke 2024); `method` makes no difference here."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Adaptive range finder of every matrix of a batch (Penke 2024).
+
+    `method`, `between` and `panel` make no difference here, nor to what is found but for rounding.
+    """
     *batch, m, n = a.shape
-    full = min(m, n)
-    cap = full if max_rank is None else min(full, max_rank)
-    columns = min(m, n + 16) if m > n and cap == n else cap
+    cap = min(m, n) if max_rank is None else min(m, n, max_rank)
+    # The last sketch of a tall matrix of full rank is square: a few columns more, trimmed off again.
+    full = min(m, n + 16) if m > n and not implicit else min(m, n)
+    block = min(block, n) if sketch == "half_power" else block
+    columns = full if cap == min(m, n) else min(full, cap + (extra_blocks * block if trim else 0))
     matrices = a.reshape(-1, m, n)
     count, blocks, dtype = len(matrices), -(-columns // block), _compute_dtype(a)
     basis = torch.zeros(count, m, cap, dtype=dtype)
@@ -298,13 +309,16 @@ def adaptive_range_finder(
     residual = torch.zeros(count, dtype=torch.float64)
     residuals = torch.full((count, blocks), math.nan, dtype=torch.float64)
     status = torch.zeros(count, dtype=torch.uint8)
+    factor = torch.zeros(count, cap if implicit else 0, cap if implicit else 0, dtype=dtype)
     for i, x in enumerate(matrices):
         q, b, residual[i], history, status[i] = _adaptive(
-            x, tolerance, relative, block, cap, sketch, trim, seed, key + i, refresh
+            x, tolerance, relative, block, cap, sketch, trim, extra_blocks, columns, seed, key + i, refresh
         )
-        rank[i] = q.shape[1]
-        basis[i, :, : q.shape[1]], coefficients[i, : q.shape[1]] = q, b
+        r = rank[i] = q.shape[1]
+        basis[i, :, :r], coefficients[i, :r] = q, b
         residuals[i, : len(history)] = torch.tensor(history, dtype=torch.float64)
+        if implicit:
+            basis[i, :, :r], factor[i, :r, :r], _ = panel_qr(q)
     return (
         basis.view(*batch, m, cap),
         coefficients.view(*batch, cap, n),
@@ -312,7 +326,76 @@ def adaptive_range_finder(
         residual.view(batch),
         residuals.view(*batch, blocks),
         status.view(batch),
+        factor.view(*batch, *factor.shape[1:]),
     )
+
+
+def adaptive_range_finders(
+    matrices: Sequence[Tensor],
+    tolerance: float,
+    max_rank: int,
+    keys: Sequence[int],
+    refreshes: Sequence[int],
+    *,
+    block: int = 64,
+    method: str = "auto",
+    sketch: str = "plain",
+    seed: int = 0,
+) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
+    """Adaptive range finders of many matrices or stacks."""
+    found = [
+        adaptive_range_finder(
+            a, tolerance, max_rank=max_rank, block=block, sketch=sketch, seed=seed, key=key, refresh=refresh
+        )
+        for a, key, refresh in zip(matrices, keys, refreshes, strict=True)
+    ]
+    bases, coefficients, ranks, _, _, statuses, _ = map(list, zip(*found, strict=True))
+    return bases, coefficients, ranks, statuses
+
+
+# --- Their building blocks ------------------------------------------------------------------------------
+
+
+def panel_qr(panel: Tensor, *, method: str = "householder") -> tuple[Tensor, Tensor, Tensor]:
+    """LAPACK's reflectors, T column by column (Schreiber and Van Loan 1989); `method` makes no difference."""
+    *_, p, w = panel.shape
+    k = min(p, w)
+    factored, tau = torch.geqrf(panel.to(_compute_dtype(panel)))
+    v = factored[..., :k].tril(-1) + torch.eye(p, k, dtype=factored.dtype)
+    t = torch.zeros(*panel.shape[:-2], k, k, dtype=v.dtype)
+    for j in range(k):
+        tau_j, v_j = tau[..., j, None], v[..., j, None]
+        t[..., :j, j] = -tau_j * (t[..., :j, :j] @ (v[..., :j].mT @ v_j))[..., 0]
+        t[..., j, j] = tau_j[..., 0]
+    return v, t, factored[..., :k, :].triu()
+
+
+def orthonormal_panel(panel: Tensor, *, method: str = "cholesky_qr") -> tuple[Tensor, Tensor, Tensor]:
+    """The QR factorisation; `method` makes no difference."""
+    q, r = torch.linalg.qr(panel.to(_compute_dtype(panel)))
+    return q, r, torch.zeros(panel.shape[:-2], dtype=torch.bool)
+
+
+def householder_reconstruction(q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Ballard et al. 2014 in other words: V, T of the QR factorisation of q, whose R is diag(signs)."""
+    v, t, r = panel_qr(q)
+    return v, t, r.diagonal(dim1=-2, dim2=-1).sign()
+
+
+def apply_block_reflector(v: Tensor, t: Tensor, a: Tensor, *, transpose: bool = False) -> Tensor:
+    """H a or H^T a with H = I - V T V^T."""
+    return a - v @ ((t.mT if transpose else t) @ (v.mT @ a))
+
+
+def explicit_basis(v: Tensor, t: Tensor) -> Tensor:
+    """The first columns of H."""
+    return apply_block_reflector(v, t, torch.eye(*v.shape[-2:], dtype=v.dtype).expand(v.shape))
+
+
+def svd_of_product(basis: Tensor, coefficients: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The SVD of B, U rotated by Q."""
+    u, s, vh = torch.linalg.svd(coefficients, full_matrices=False)
+    return basis @ u, s, vh.mT
 
 
 # --- The optimizer's step -----------------------------------------------------------------------------

@@ -7,9 +7,10 @@ projection (R = G Q, basis n x r), m of a left one (R = Q^T G, basis m x r).
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
-from typing import Any, TypedDict
+from functools import partial
+from typing import Any, TypedDict, TypeVar
 
 import torch
 from torch import Tensor
@@ -237,86 +238,144 @@ def refreshed_in_step(state: Mapping[str, Any], options: SubspaceOptions) -> boo
 
 
 def refresh(
-    state: dict[str, Any], grad: Tensor, options: SubspaceOptions, betas: tuple[float, float]
-) -> Tensor | None:
-    """Moves the state into a new subspace of `grad` and returns the projected gradient.
+    states: Sequence[dict[str, Any]],
+    grads: Sequence[Tensor],
+    options: SubspaceOptions,
+    betas: tuple[float, float],
+) -> list[Tensor | None]:
+    """Moves states into new subspaces of their gradients and returns the projected gradients.
 
-    For all refreshes that are not done within the step.  None, and the state as it was, where the gradient
+    For all refreshes that are not done within the step.  None, and the state as it was, where a gradient
     is zero or not finite or memory runs out: the step then deals with it, and the refresh stays due.
     """
+    find = _find_all if options.tolerance is not None else _find_each
+    bases = _unless_out_of_memory(lambda: find(states, grads, options)) or [None] * len(states)
+    projected: list[Tensor | None] = []
+    for state, grad, found in zip(states, grads, bases, strict=True):
+        moved = None
+        if found is not None:
+            moved = _unless_out_of_memory(partial(_moved, state, grad, found, options, betas))
+        state.update(moved or {})
+        projected.append(found[1] if found is not None and moved is not None else None)
+    return projected
+
+
+Found = tuple[Tensor, Tensor] | None  # a new basis and the projected gradient in it, in the compute dtype
+T = TypeVar("T")
+
+
+def _unless_out_of_memory(work: Callable[[], T]) -> T | None:
     try:
-        found = _find(state, grad, options)
-        if found is None:
-            return None
-        basis, projected = found
-        moved: dict[str, Any] = {"basis": basis.to(state["basis"].dtype), "rank": basis.shape[-1]}
-        steps = float(state["step"])
-        rotate = options.moments == "rotate" or basis.shape[-1] != state["rank"]
-        if steps == 0 or state["refreshes"] == 0:
-            shapes = state_shapes(grad, state["side"], basis.shape[-1])
-            moved |= {k: projected.new_zeros(shapes[0]) for k in ("exp_avg", "exp_avg_sq")}
-        elif rotate:
-            moved["exp_avg"], moved["exp_avg_sq"] = ops.rotate_moments(
-                state["exp_avg"],
-                state["exp_avg_sq"],
-                state["basis"],
-                basis,
-                state["side"],
-                1 - betas[0] ** steps,
-                1 - betas[1] ** steps,
-            )
+        return work()
     except (MemoryError, torch.OutOfMemoryError):
         return None
     except RuntimeError as error:
         if "DefaultCPUAllocator" not in str(error):
             raise
         return None
-    state.update(moved)
-    return projected
 
 
-def _find(state: Mapping[str, Any], grad: Tensor, options: SubspaceOptions) -> tuple[Tensor, Tensor] | None:
-    """A new basis and the projected gradient in it, in the compute dtype."""
-    right = state["side"] == RIGHT
-    a = grad.mT if right else grad
-    random = {"seed": options.seed, "key": state["key"], "refresh": state["refreshes"]}
-    assert options.rank is not None
-    if options.projector == "svd":
-        largest = float(torch.linalg.vector_norm(grad, math.inf))
-        if largest == 0 or not math.isfinite(largest):
-            return None
-        single = options.arithmetic == "galore_torch" or grad.dtype != torch.float64
-        # Of the gradient as it is: the SVD of its transpose may differ in signs.
-        u, _, vh = torch.linalg.svd(grad.float() if single else grad, full_matrices=False)
-        basis = vh[..., : options.rank, :].mT if right else u[..., : options.rank]
-        # Rounded as the state will hold it, as galore_torch does.
-        basis = basis.to(grad.dtype).to(compute_dtype(grad)).contiguous()
-        g = grad.to(basis.dtype)
-        return basis, (g @ basis if right else basis.mT @ g)
-    if options.tolerance is not None:
-        basis, b, rank, _, _, status = ops.adaptive_range_finder(
-            a, options.tolerance, max_rank=options.rank, **random
+def _moved(
+    state: Mapping[str, Any],
+    grad: Tensor,
+    found: tuple[Tensor, Tensor],
+    options: SubspaceOptions,
+    betas: tuple[float, float],
+) -> dict[str, Any]:
+    """What of a state changes with its subspace."""
+    basis, projected = found
+    moved: dict[str, Any] = {"basis": basis.to(state["basis"].dtype), "rank": basis.shape[-1]}
+    steps = float(state["step"])
+    if steps == 0 or state["refreshes"] == 0:
+        shapes = state_shapes(grad, state["side"], basis.shape[-1])
+        moved |= {k: projected.new_zeros(shapes[0]) for k in ("exp_avg", "exp_avg_sq")}
+    elif options.moments == "rotate" or basis.shape[-1] != state["rank"]:
+        moved["exp_avg"], moved["exp_avg_sq"] = ops.rotate_moments(
+            state["exp_avg"],
+            state["exp_avg_sq"],
+            state["basis"],
+            basis,
+            state["side"],
+            1 - betas[0] ** steps,
+            1 - betas[1] ** steps,
         )
+    return moved
+
+
+def _find_all(
+    states: Sequence[Mapping[str, Any]], grads: Sequence[Tensor], options: SubspaceOptions
+) -> list[Found]:
+    """By tolerance, all matrices in one call."""
+    assert options.tolerance is not None
+    assert options.rank is not None
+    found = ops.adaptive_range_finders(
+        [_oriented(state, grad) for state, grad in zip(states, grads, strict=True)],
+        options.tolerance,
+        options.rank,
+        [state["key"] for state in states],
+        [state["refreshes"] for state in states],
+        seed=options.seed,
+    )
+    result: list[Found] = []
+    for state, basis, b, rank, status in zip(states, *found, strict=True):
+        if bool((status == Status.nonfinite).any()) or bool((status == Status.zero).all()):
+            result.append(None)
+            continue
         width = int(rank.max())
-        basis, b = basis[..., :width], b[..., :width, :]
+        basis = basis[..., :width].contiguous()
         # A matrix of a stack without a gradient keeps what the new rank has room for of its old basis.
         idle = status == Status.zero
-        if bool(idle.any()) and not bool(idle.all()):
+        if bool(idle.any()):
             old = state["basis"][idle][..., :width]
             basis[idle] = torch.nn.functional.pad(old, (0, width - old.shape[-1])).to(basis.dtype)
-    else:
-        known = state["refreshes"] > 0
-        warm = options.sketch == "warm"
-        basis, b, _, status = ops.range_finder(
-            a,
-            options.rank,
-            oversampling=options.oversampling,
-            sketch=options.sketch if known or not warm else "half_power",
-            power=options.power,
-            warm=state["basis"] if warm and known else None,
-            ordered=options.moments == "keep",
-            **random,
-        )
+        b = b[..., :width, :].clone()  # not the whole buffer, as wide as the cap
+        result.append((basis, b.mT if state["side"] == RIGHT else b))
+    return result
+
+
+def _find_each(
+    states: Sequence[Mapping[str, Any]], grads: Sequence[Tensor], options: SubspaceOptions
+) -> list[Found]:
+    find = _find_by_svd if options.projector == "svd" else _find_at_rank
+    return [find(state, grad, options) for state, grad in zip(states, grads, strict=True)]
+
+
+def _oriented(state: Mapping[str, Any], grad: Tensor) -> Tensor:
+    """The gradient as if projected on the left."""
+    return grad.mT if state["side"] == RIGHT else grad
+
+
+def _find_by_svd(state: Mapping[str, Any], grad: Tensor, options: SubspaceOptions) -> Found:
+    largest = float(torch.linalg.vector_norm(grad, math.inf))
+    if largest == 0 or not math.isfinite(largest):
+        return None
+    single = options.arithmetic == "galore_torch" or grad.dtype != torch.float64
+    # Of the gradient as it is: the SVD of its transpose may differ in signs.
+    u, _, vh = torch.linalg.svd(grad.float() if single else grad, full_matrices=False)
+    right = state["side"] == RIGHT
+    basis = vh[..., : options.rank, :].mT if right else u[..., : options.rank]
+    # Rounded as the state will hold it, as galore_torch does.
+    basis = basis.to(grad.dtype).to(compute_dtype(grad)).contiguous()
+    g = grad.to(basis.dtype)
+    return basis, (g @ basis if right else basis.mT @ g)
+
+
+def _find_at_rank(state: Mapping[str, Any], grad: Tensor, options: SubspaceOptions) -> Found:
+    known = state["refreshes"] > 0
+    warm = options.sketch == "warm"
+    assert options.rank is not None
+    basis, b, _, status = ops.range_finder(
+        _oriented(state, grad),
+        options.rank,
+        oversampling=options.oversampling,
+        sketch=options.sketch if known or not warm else "half_power",
+        power=options.power,
+        warm=state["basis"] if warm and known else None,
+        ordered=options.moments == "keep",
+        seed=options.seed,
+        key=state["key"],
+        refresh=state["refreshes"],
+    )
     if bool((status == Status.nonfinite).any()) or bool((status == Status.zero).all()):
         return None
-    return basis.contiguous(), (b.mT if right else b)
+    return basis.contiguous(), (b.mT if state["side"] == RIGHT else b)

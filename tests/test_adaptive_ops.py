@@ -26,11 +26,16 @@ CONVERGED, RANK_CAP, FLOOR, ZERO, NONFINITE = range(5)
 FLOORS = {torch.float32: 1.2e-5, torch.float64: 2.3e-14, torch.bfloat16: 1.2e-5, torch.float16: 1.2e-5}
 
 
-def check(a, found, tolerance, *, block, max_rank=None, trim=True):
+def looks_left(dtype, tolerance, method):
+    """Whether the residual is a difference of squared norms, right to 16 u ||A||^2."""
+    return method == "left_looking" or (method == "auto" and tolerance >= 8 * UNIT_ROUNDOFF[dtype] ** 0.5)
+
+
+def check(a, found, tolerance, *, block, max_rank=None, trim=True, method="auto"):
     """Assertions 1, 3, 4, 5, 6, 8 of section 3 for one matrix, in fp64; `tolerance` is relative."""
     a = a.cpu()
     u = UNIT_ROUNDOFF[a.dtype]
-    basis, coefficients, rank, residual, residuals, status = (t.cpu() for t in found)
+    basis, coefficients, rank, residual, residuals, status = (t.cpu() for t in found[:6])
     m, n = a.shape
     cap = min(m, n, max_rank or n)
     r = int(rank)
@@ -45,7 +50,10 @@ def check(a, found, tolerance, *, block, max_rank=None, trim=True):
     assert_orthonormal(q, u)
     assert norm(b - q.mT @ x) <= 64 * u
     rest = norm(x - q @ b)
-    assert abs(rest - float(residual)) <= 64 * u
+    if looks_left(a.dtype, tolerance, method):
+        assert abs(rest**2 - float(residual) ** 2) <= 16 * u
+    else:
+        assert abs(rest - float(residual)) <= 64 * u
     assert abs(1 - norm(b) ** 2 - rest**2) <= 32 * u
     error = norm(x - q @ (q.mT @ x))
     best = tails(x)
@@ -66,7 +74,7 @@ def check(a, found, tolerance, *, block, max_rank=None, trim=True):
             assert len(history) - 1 - int(passed[0]) <= (1 if trim else 0)
         if not trim:
             assert r <= len(history) * block
-            assert float(residual) == pytest.approx(float(history[-1]), abs=64 * u)
+            assert float(residual) == float(history[-1])
 
 
 SHAPES = [(50, 80, 16), (80, 50, 16), (37, 53, 10), (53, 37, 64), (37, 37, 12), (1, 30, 4), (30, 1, 4)]
@@ -78,7 +86,7 @@ def sweep(device, matrix, dtype, shapes, tolerances, seeds, **options):
         for tolerance in tolerances:
             for seed in range(seeds):
                 found = adaptive_range_finder(a, tolerance, block=block, seed=seed, **options)
-                check(a, found, tolerance, block=block, trim=options.get("trim", True))
+                check(a, found, tolerance, block=block, trim=options.get("trim", True), method=options.get("method", "auto"))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -223,7 +231,7 @@ def test_agrees_with_the_reference(device, same_sketch, shape, tolerance, trim):
     assert int(got[5]) == int(expected[5]) or (tolerance == 0 and int(got[5]) == CONVERGED)
     torch.testing.assert_close(got[3].cpu(), expected[3], rtol=1e-8, atol=1e-10)
     if tolerance > 0:
-        torch.testing.assert_close(got[4].cpu(), expected[4], rtol=1e-8, atol=1e-10, equal_nan=True)
+        torch.testing.assert_close(got[4].cpu(), expected[4], rtol=1e-8, atol=8e-8, equal_nan=True)
     q, p = got[0][:, :r].cpu(), expected[0][:, :r]
     torch.testing.assert_close(q @ (q.mT @ a), p @ (p.mT @ a), rtol=0, atol=1e-9)
 
@@ -309,7 +317,7 @@ def test_powers_of_two_change_nothing(device, shape, power):
 def test_extreme_scales(device, dtype, factor, sketch):
     """Guards against overflow and underflow of squares and scale factors; denormals included."""
     a = (gaussian(24, 36) * factor).to(device, dtype)
-    basis, _, rank, residual, _, status = adaptive_range_finder(a, 0.4, block=4, sketch=sketch)
+    basis, _, rank, residual, _, status = adaptive_range_finder(a, 0.4, block=4, sketch=sketch)[:6]
     q = basis[:, : int(rank)]
     assert int(status) == CONVERGED
     assert_orthonormal(q, UNIT_ROUNDOFF[dtype])

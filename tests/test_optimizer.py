@@ -589,7 +589,7 @@ def test_tolerance_refresh_without_memory_keeps_the_old_subspace(error, monkeypa
     def fail(*_, **__):
         raise error("no memory")
 
-    for name in ("adaptive_range_finder", "rotate_moments"):
+    for name in ("adaptive_range_finders", "rotate_moments"):
         with monkeypatch.context() as patched:
             patched.setattr(ops, name, fail)
             train(opt, [w, b], [3])

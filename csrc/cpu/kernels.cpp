@@ -9,6 +9,7 @@
 
 #include "cpu/moments.h"
 #include "cpu/sketch.h"
+#include "math/compensated_sum.h"
 
 namespace galore_rrf {
 namespace {
@@ -79,9 +80,9 @@ double squared_norm(const at::Tensor& a) {
       }
     });
   });
-  double total = 0;
-  for (const double sum : sums) total += sum;
-  return total;
+  CompensatedSum total;
+  for (const double sum : sums) total.add(sum);
+  return total.value();
 }
 
 bool all_finite(const at::Tensor& a) {
@@ -113,6 +114,26 @@ void gather_rows(const at::Tensor& out, const at::Tensor& a, const at::Tensor& o
       const scalar_t* from = a.const_data_ptr<scalar_t>() + j * a.stride(1);
       scalar_t* to = out.mutable_data_ptr<scalar_t>() + j * out.stride(1);
       for (int64_t i = 0; i < out.size(0); ++i) to[i] = from[source[i]];
+    }
+  });
+}
+
+void signed_lu(const at::Tensor& q, const at::Tensor& signs) {
+  const int64_t width = q.size(0);
+  AT_DISPATCH_FLOATING_TYPES(q.scalar_type(), "signed_lu", [&] {
+    scalar_t* a = q.mutable_data_ptr<scalar_t>();
+    scalar_t* sign = signs.mutable_data_ptr<scalar_t>();
+    for (int64_t j = 0; j < width; ++j) {
+      const scalar_t* pivot_row = a + j * width;
+      sign[j] = pivot_row[j] < 0 ? 1 : -1;
+      const scalar_t pivot = sign[j] * pivot_row[j] - 1;
+      for (int64_t i = 0; i < j; ++i) a[i * width + j] *= sign[j];
+      a[j * width + j] = pivot;
+      for (int64_t i = j + 1; i < width; ++i) {
+        scalar_t* row = a + i * width;
+        const scalar_t factor = row[j] = sign[j] * row[j] / pivot;
+        for (int64_t k = j + 1; k < width; ++k) row[k] -= factor * pivot_row[k];
+      }
     }
   });
 }
@@ -154,8 +175,8 @@ void variance_to_moments(const at::Tensor& exp_avg, const at::Tensor& exp_avg_sq
 
 }  // namespace
 
-const Kernels cpu_kernels = {fill_sketch, squared_norm,        all_finite,         adam,
-                             gather_rows, moments_to_variance, variance_to_moments};
+const Kernels cpu_kernels = {fill_sketch, squared_norm, all_finite,          adam,
+                             gather_rows, signed_lu,    moments_to_variance, variance_to_moments};
 
 const char* simd_level() {
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)

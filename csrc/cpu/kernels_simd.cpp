@@ -6,6 +6,7 @@
 #include "cpu/moments.h"
 #include "cpu/simd.h"
 #include "cpu/sketch.h"
+#include "math/compensated_sum.h"
 #include "math/rotation.h"
 
 namespace galore_rrf::cpu {
@@ -84,21 +85,28 @@ constexpr int64_t kLanes = 16;
 
 template <class T>
 inline __attribute__((always_inline)) double squared_norm_lanes(const T* a, int64_t n) {
-  double sums[kLanes] = {};
-  int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) {
-    for (int64_t lane = 0; lane < kLanes; ++lane) {
-      const double x = static_cast<double>(a[i + lane]);
-      sums[lane] += x * x;
+  constexpr int64_t kBlock = 256;  // short, so that fp64 entries too are summed to a few units of rounding
+  CompensatedSum total;
+  for (int64_t start = 0; start < n; start += kBlock) {
+    const int64_t end = start + kBlock < n ? start + kBlock : n;
+    double sums[kLanes] = {};
+    int64_t i = start;
+    for (; i + kLanes <= end; i += kLanes) {
+      for (int64_t lane = 0; lane < kLanes; ++lane) {
+        const double x = static_cast<double>(a[i + lane]);
+        sums[lane] += x * x;
+      }
     }
+    for (; i < end; ++i) {
+      const double x = static_cast<double>(a[i]);
+      sums[i % kLanes] += x * x;
+    }
+    for (int64_t half = kLanes / 2; half > 0; half /= 2) {
+      for (int64_t lane = 0; lane < half; ++lane) sums[lane] += sums[lane + half];
+    }
+    total.add(sums[0]);
   }
-  for (; i < n; ++i) {
-    const double x = static_cast<double>(a[i]);
-    sums[i % kLanes] += x * x;
-  }
-  double total = 0;
-  for (const double sum : sums) total += sum;
-  return total;
+  return total.value();
 }
 
 template <class T, class Bits>

@@ -1,31 +1,75 @@
 #include "range_finder/block_reflector.h"
 
-#include <ATen/ops/diag_embed.h>
+#include <ATen/ops/empty.h>
 #include <ATen/ops/eye.h>
 #include <ATen/ops/geqrf.h>
 #include <ATen/ops/linalg_solve_triangular.h>
+#include <ATen/ops/mm.h>
+#include <ATen/ops/zeros.h>
 
 #include <algorithm>
 
+#include "kernels.h"
+#include "range_finder/orthonormal.h"
+
 namespace galore_rrf {
 
-BlockReflector panel_qr(const at::Tensor& panel) {
-  const auto [factored, tau] = at::geqrf(panel);
+at::Tensor triangular_factor(const at::Tensor& v) {
+  const at::Tensor products = v.mT().matmul(v);
+  const at::Tensor idle = products.diagonal().eq(0);
+  at::Tensor inverse = products.triu();
+  inverse.diagonal().mul_(0.5).masked_fill_(idle, 1);
+  const at::Tensor identity = at::eye(v.size(1), v.options());
+  const at::Tensor t = at::linalg_solve_triangular(inverse, identity, /*upper=*/true);
+  t.diagonal().masked_fill_(idle, 0);
+  return t;
+}
+
+Reconstruction householder_reconstruction(const at::Tensor& q) {
+  const int64_t width = q.size(1);
+  const at::Tensor v = at::empty({width, q.size(0)}, q.options()).mT();
+  const at::Tensor top = q.narrow(0, 0, width).clone(at::MemoryFormat::Contiguous);
+  const at::Tensor signs = at::empty({width}, q.options());
+  kernels_for(q).signed_lu(top, signs);
+  v.narrow(0, 0, width).copy_(top.tril(-1)).diagonal().fill_(1);
+  if (q.size(0) > width) {
+    const at::Tensor rest = q.narrow(0, width, q.size(0) - width).mul(signs);
+    v.narrow(0, width, q.size(0) - width)
+        .copy_(at::linalg_solve_triangular(top.triu(), rest, /*upper=*/true, /*left=*/false));
+  }
+  return {{v, triangular_factor(v)}, signs};
+}
+
+ReflectedPanel panel_qr(const at::Tensor& panel, Panel method) {
   const int64_t width = std::min(panel.size(0), panel.size(1));
-  const at::Tensor active = tau.ne(0);
-  at::Tensor v = factored.narrow(1, 0, width).tril(-1);
+  if (method != Panel::householder && width == panel.size(1)) {
+    const auto explicit_qr = method == Panel::cholesky_qr ? cholesky_qr(panel) : gram_schmidt_qr(panel);
+    if (explicit_qr) {
+      const auto [h, signs] = householder_reconstruction(explicit_qr->q);
+      return {h, explicit_qr->r.mul(signs.unsqueeze(1))};
+    }
+  }
+  const auto [factored, tau] = at::geqrf(panel);
+  const at::Tensor r = factored.narrow(0, 0, width).triu();
+  const at::Tensor v = factored.narrow(1, 0, width).tril_(-1);
   v.diagonal().fill_(1);
-  v.mul_(active);
-  const at::Tensor inverse_tau = tau.reciprocal().masked_fill_(active.logical_not(), 1);
-  const at::Tensor inverse_t = v.mT().matmul(v).triu_(1).add_(at::diag_embed(inverse_tau));
-  const at::Tensor t = at::linalg_solve_triangular(inverse_t, at::eye(width, v.options()), /*upper=*/true);
-  return {v, t.mul_(active)};
+  v.masked_fill_(tau.eq(0), 0);  // LAPACK's H = I
+  return {{v, triangular_factor(v)}, r};
 }
 
 void apply_block_reflector_(const BlockReflector& h, const at::Tensor& a, bool transpose) {
   const at::Tensor t = transpose ? h.t.mT() : h.t;
   at::Tensor target = a;
   target.addmm_(h.v, t.matmul(h.v.mT().matmul(a)), /*beta=*/1, /*alpha=*/-1);
+}
+
+at::Tensor explicit_basis(const BlockReflector& h, int64_t columns) {
+  const at::Tensor q = at::empty({columns, h.v.size(0)}, h.v.options()).mT();
+  const at::Tensor factor = h.t.matmul(h.v.narrow(0, 0, columns).mT());
+  at::Tensor target = q;
+  at::mm_out(target, h.v, factor);
+  target.neg_().diagonal().add_(1);
+  return q;
 }
 
 }  // namespace galore_rrf

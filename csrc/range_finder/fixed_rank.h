@@ -14,6 +14,7 @@ struct FixedRankOptions {
   Sketch sketch = Sketch::half_power;
   int64_t power = 1;     // full power steps of Sketch::power
   bool ordered = false;  // columns by descending energy; always so with oversampling
+  Panel panel = Panel::householder;
   SketchKey key{};
 };
 
@@ -27,9 +28,5 @@ struct FixedRankResult {
 // receives Q^T a where defined.
 FixedRankResult fixed_rank_range_finder(const at::Tensor& a, const FixedRankOptions& options,
                                         const at::Tensor& warm, const at::Tensor& coefficients);
-
-// ||a - Q B||_F / ||a||_F in fp64, from norms where that is accurate, else from the difference itself by
-// tiles.
-double relative_residual(const at::Tensor& a, const at::Tensor& basis, const at::Tensor& coefficients);
 
 }  // namespace galore_rrf

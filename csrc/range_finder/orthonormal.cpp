@@ -2,8 +2,10 @@
 
 #include <ATen/ops/arange.h>
 #include <ATen/ops/geqrf.h>
+#include <ATen/ops/linalg_cholesky_ex.h>
 #include <ATen/ops/linalg_householder_product.h>
 #include <ATen/ops/linalg_lu_factor_ex.h>
+#include <ATen/ops/linalg_solve_triangular.h>
 #include <ATen/ops/zeros.h>
 
 #include <algorithm>
@@ -12,11 +14,69 @@
 #include "kernels.h"
 
 namespace galore_rrf {
+namespace {
 
-at::Tensor householder_basis(const at::Tensor& panel) {
+// R of the Cholesky factorisation R^T R of a^T a, in fp64; undefined where a column keeps less than the
+// share `least` of its squared length when those before it are taken out.
+at::Tensor cholesky_factor(const at::Tensor& a, double least) {
+  const at::Tensor products = gram(a);
+  const auto [factor, info] = at::linalg_cholesky_ex(products, /*upper=*/true);
+  const at::Tensor squares = factor.diagonal().square().div_(products.diagonal());
+  const bool definite = info.item<int>() == 0 && squares.min().item<double>() > least;  // false for NaN
+  return definite ? factor : at::Tensor();
+}
+
+at::Tensor divided_by(const at::Tensor& panel, const at::Tensor& r) {
+  return at::linalg_solve_triangular(r, panel, /*upper=*/true, /*left=*/false);
+}
+
+}  // namespace
+
+PanelQR householder_qr(const at::Tensor& panel) {
   const auto [reflectors, tau] = at::geqrf(panel);
   const int64_t width = std::min(panel.size(0), panel.size(1));
-  return at::linalg_householder_product(reflectors.narrow(1, 0, width), tau);
+  return {at::linalg_householder_product(reflectors.narrow(1, 0, width), tau),
+          reflectors.narrow(0, 0, width).triu(), Panel::householder};
+}
+
+std::optional<PanelQR> cholesky_qr(const at::Tensor& panel) {
+  if (panel.size(0) < panel.size(1)) return std::nullopt;
+  const at::Tensor first = cholesky_factor(panel, 0x1p-46);  // condition numbers to about 10^7
+  if (!first.defined()) return std::nullopt;
+  const at::Tensor nearly = divided_by(panel, first.to(panel.scalar_type()));
+  const at::Tensor second = cholesky_factor(nearly, 0.5);
+  if (!second.defined()) return std::nullopt;
+  return PanelQR{divided_by(nearly, second.to(panel.scalar_type())),
+                 second.matmul(first).to(panel.scalar_type()), Panel::cholesky_qr};
+}
+
+std::optional<PanelQR> gram_schmidt_qr(const at::Tensor& panel) {
+  const int64_t width = panel.size(1);
+  if (panel.size(0) < width) return std::nullopt;
+  const at::Tensor q = panel.mT().clone(at::MemoryFormat::Contiguous).mT();
+  const at::Tensor r = at::zeros({width, width}, panel.options());
+  for (int64_t j = 0; j < width; ++j) {
+    const at::Tensor column = q.select(1, j), before = q.narrow(1, 0, j);
+    double lengths[2];
+    for (double& length : lengths) {
+      const at::Tensor along = before.mT().mv(column);
+      column.sub_(before.mv(along));
+      r.select(1, j).narrow(0, 0, j).add_(along);
+      length = column.norm().item<double>();
+    }
+    // Twice is enough, unless the second time took away what the first had left: then that was rounding.
+    if (!(lengths[1] > 0.5 * lengths[0])) return std::nullopt;
+    column.div_(lengths[1]);
+    r.select(0, j).select(0, j).fill_(lengths[1]);
+  }
+  return PanelQR{q, r, Panel::gram_schmidt};
+}
+
+PanelQR orthonormal_panel(const at::Tensor& panel, Panel method) {
+  std::optional<PanelQR> found;
+  if (method == Panel::cholesky_qr) found = cholesky_qr(panel);
+  if (method == Panel::gram_schmidt) found = gram_schmidt_qr(panel);
+  return found ? *found : householder_qr(panel);
 }
 
 at::Tensor gram(const at::Tensor& a) {

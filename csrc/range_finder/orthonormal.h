@@ -1,12 +1,35 @@
-// Orthonormal bases of panels (tall, narrow matrices in the compute dtype).
+// Orthonormal bases of panels (tall, narrow matrices in the compute dtype, column-major).
 #pragma once
 
 #include <ATen/core/Tensor.h>
 
+#include <optional>
+
+#include "range_finder/types.h"
+
 namespace galore_rrf {
 
-// Q of the Householder QR factorisation: orthonormal to rounding whatever the panel's rank.
-at::Tensor householder_basis(const at::Tensor& panel);
+// A panel (p x w) as q r: q (p x k) orthonormal, column-major; r (k x w) upper triangular; k = min(p, w).
+struct PanelQR {
+  at::Tensor q;
+  at::Tensor r;
+  Panel method;  // that found it
+};
+
+// By reflectors: q is orthonormal to rounding whatever the panel's rank.
+PanelQR householder_qr(const at::Tensor& panel);
+
+// Cholesky QR twice, the Gram matrices in fp64 (Yamamoto et al. 2015): almost all of it products, and as
+// orthonormal as Householder's while the panel's condition number stays under about 10^7.  Nothing where
+// it is larger, or the panel has more columns than rows.
+std::optional<PanelQR> cholesky_qr(const at::Tensor& panel);
+
+// Classical Gram-Schmidt, every column against those before it twice (Giraud et al. 2005).  Nothing where
+// a column depends on those before it to rounding.
+std::optional<PanelQR> gram_schmidt_qr(const at::Tensor& panel);
+
+// By the chosen method, by reflectors where that gives nothing.
+PanelQR orthonormal_panel(const at::Tensor& panel, Panel method);
 
 // A well-conditioned basis of a panel's range, good enough to multiply by once more: P L of its LU
 // factorisation with partial pivoting, no entry over 1.  It serves where a power step needs its

@@ -6,6 +6,8 @@
 
 #include <algorithm>
 
+#include "range_finder/scaling.h"
+
 namespace galore_rrf {
 namespace {
 
@@ -41,8 +43,10 @@ at::ScalarType compute_dtype(const at::Tensor& a) {
   return a.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
 }
 
-void multiply_out(const at::Tensor& out, const at::Tensor& a, const at::Tensor& b) {
+void multiply_out(const at::Tensor& out, const at::Tensor& a, const at::Tensor& factor, int exponent) {
   at::Tensor result = out;
+  const at::Tensor b = exponent == 0 ? factor : factor.clone();
+  scale_by_power_(b, -exponent);
   if (a.numel() == 0) {
     result.zero_();
   } else if (blas_reads(a)) {
@@ -61,9 +65,9 @@ void multiply_out(const at::Tensor& out, const at::Tensor& a, const at::Tensor& 
   }
 }
 
-at::Tensor multiply(const at::Tensor& a, const at::Tensor& b) {
+at::Tensor multiply(const at::Tensor& a, const at::Tensor& b, int exponent) {
   const at::Tensor out = at::empty({b.size(1), a.size(0)}, b.options()).mT();
-  multiply_out(out, a, b);
+  multiply_out(out, a, b, exponent);
   return out;
 }
 

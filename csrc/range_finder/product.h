@@ -12,12 +12,12 @@ namespace galore_rrf {
 // fp64 for fp64, fp32 for all else: the dtype of everything that is computed.
 at::ScalarType compute_dtype(const at::Tensor& a);
 
-// out <- a b.  `a` is the large operand (p x k); b (k x q) and out (p x q) have its compute dtype;
-// all may be transposed views.
-void multiply_out(const at::Tensor& out, const at::Tensor& a, const at::Tensor& b);
+// out <- (2^-exponent a) b, the power of two on the narrow factor, where it is cheap and exact.  `a` is the
+// large operand (p x k); b (k x q) and out (p x q) have its compute dtype; all may be transposed views.
+void multiply_out(const at::Tensor& out, const at::Tensor& a, const at::Tensor& b, int exponent = 0);
 
-// a b in column-major order, as LAPACK wants its panels.
-at::Tensor multiply(const at::Tensor& a, const at::Tensor& b);
+// The same in column-major order, as LAPACK wants its panels.
+at::Tensor multiply(const at::Tensor& a, const at::Tensor& b, int exponent = 0);
 
 // w <- beta w + alpha x y, the large operand w (p x q) of any strides and dtype.
 void add_product_(const at::Tensor& w, const at::Tensor& x, const at::Tensor& y, double beta, double alpha);

@@ -6,6 +6,9 @@
 #include <cmath>
 #include <limits>
 
+#include "kernels.h"
+#include "range_finder/product.h"
+
 namespace galore_rrf {
 
 double largest_magnitude(const at::Tensor& a) {
@@ -18,6 +21,31 @@ int exponent_of(double magnitude) { return std::ilogb(magnitude); }
 int safe_exponent_of(double magnitude, at::ScalarType dtype) {
   const int most = dtype == at::kDouble ? 900 : 100;
   return std::clamp(exponent_of(magnitude), -most, most);
+}
+
+double unit_roundoff(at::ScalarType dtype) { return dtype == at::kDouble ? 0x1p-53 : 0x1p-24; }
+
+bool is_safe(double squared_norm, at::ScalarType dtype) {
+  const bool fp64 = dtype == at::kDouble;
+  return squared_norm >= (fp64 ? 1e-200 : 1e-20) && squared_norm <= (fp64 ? 1e200 : 1e30);  // false for NaN
+}
+
+double squared_norm(const at::Tensor& a, int exponent) {
+  const Kernels& kernels = kernels_for(a);
+  const at::ScalarType dtype = compute_dtype(a);
+  if (exponent == 0 && a.scalar_type() == dtype && a.is_non_overlapping_and_dense()) {
+    return kernels.squared_norm(a);
+  }
+  constexpr int64_t kTileEntries = 1 << 17;
+  const int64_t rows = std::max<int64_t>(1, kTileEntries / std::max<int64_t>(1, a.size(1)));
+  double sum = 0;
+  for (int64_t start = 0; start < a.size(0); start += rows) {
+    const at::Tensor part = a.narrow(0, start, std::min(rows, a.size(0) - start));
+    const at::Tensor tile = part.to(dtype, /*non_blocking=*/false, /*copy=*/true).contiguous();
+    scale_by_power_(tile, -exponent);
+    sum += kernels.squared_norm(tile);
+  }
+  return sum;
 }
 
 void scale_by_power_(const at::Tensor& a, int exponent) {

@@ -15,6 +15,16 @@ int exponent_of(double magnitude);
 // multiplied by it is then near enough to 1.
 int safe_exponent_of(double magnitude, at::ScalarType dtype);
 
+// Half the distance from 1 to the next number.
+double unit_roundoff(at::ScalarType dtype);
+
+// Whether a matrix of this squared norm can be factored as it is: squares of its entries neither overflow
+// nor, where they matter, underflow.
+bool is_safe(double squared_norm, at::ScalarType dtype);
+
+// ||2^-exponent a||_F^2 in fp64 for any strides and dtype; infinite or NaN where that is not finite.
+double squared_norm(const at::Tensor& a, int exponent = 0);
+
 // a <- 2^exponent a, exact while normal; in two steps, since one factor may itself overflow.
 void scale_by_power_(const at::Tensor& a, int exponent);
 

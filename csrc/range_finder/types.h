@@ -1,8 +1,13 @@
-// What range finders share: how they sketch, and how they end.
+// What range finders share: their choices by name, and how they end.
 #pragma once
 
+#include <c10/util/Exception.h>
+
 #include <cstdint>
+#include <initializer_list>
+#include <string>
 #include <string_view>
+#include <utility>
 
 #include "math/normal.h"
 
@@ -10,10 +15,33 @@ namespace galore_rrf {
 
 enum class Sketch { plain, half_power, power, warm };
 
+// How the columns of a block are made orthonormal among themselves.
+enum class Panel { householder, cholesky_qr, gram_schmidt };
+
+// How a block is made orthogonal to those before it.
+enum class Between { householder, gram_schmidt };
+
+// Whether every block is taken out of a copy of the matrix (right) or of its sketch alone (left).
+enum class Method { automatic, right_looking, left_looking };
+
 // The uint8 status of a range finder; the names and numbers are Python's `Status`.
 enum class Status : uint8_t { converged = 0, rank_cap = 1, floor = 2, zero = 3, nonfinite = 4 };
 
-// Throws with the allowed names where `name` is none of them.
+// The choice called `name`; throws with the allowed names where it is none of them.
+template <class Choice>
+Choice choice_from_name(const char* argument, std::string_view name,
+                        std::initializer_list<std::pair<const char*, Choice>> choices) {
+  std::string allowed;
+  for (const auto& [known, choice] : choices) {
+    if (name == known) return choice;
+    allowed += (allowed.empty() ? "'" : ", '") + std::string(known) + "'";
+  }
+  TORCH_CHECK_VALUE(false, "Invalid ", argument, ": '", name, "' (must be one of ", allowed, ")");
+}
+
 Sketch sketch_from_name(std::string_view name);
+Panel panel_from_name(std::string_view name);
+Between between_from_name(std::string_view name);
+Method method_from_name(std::string_view name);
 
 }  // namespace galore_rrf

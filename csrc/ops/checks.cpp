@@ -1,0 +1,25 @@
+#include "ops/checks.h"
+
+#include <c10/util/Exception.h>
+
+namespace galore_rrf {
+
+SketchKey sketch_key(int64_t seed, int64_t key, int64_t refresh) {
+  constexpr int64_t kWords = int64_t{1} << 32;
+  TORCH_CHECK_VALUE(seed >= 0, "Invalid seed: ", seed, " (must be from 0 to 2^63 - 1)");
+  TORCH_CHECK_VALUE(key >= 0 && key < kWords, "Invalid key: ", key, " (must be from 0 to 2^32 - 1)");
+  TORCH_CHECK_VALUE(refresh >= 0 && refresh < kWords, "Invalid refresh: ", refresh,
+                    " (must be from 0 to 2^32 - 1)");
+  return {static_cast<uint64_t>(seed), static_cast<uint32_t>(key), static_cast<uint32_t>(refresh)};
+}
+
+void check_matrix(const char* op, const at::Tensor& a) {
+  TORCH_CHECK_VALUE(a.dim() >= 2, op, " expects a matrix or a batch of matrices, got ", a.dim(),
+                    " dimensions");
+  TORCH_CHECK_TYPE(at::isFloatingType(a.scalar_type()), op, " expects a real floating-point matrix, got ",
+                   a.scalar_type());
+  TORCH_CHECK_VALUE(a.size(-2) > 0 && a.size(-1) > 0, op,
+                    " expects at least one row and one column, got shape ", a.sizes());
+}
+
+}  // namespace galore_rrf

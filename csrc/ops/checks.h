@@ -1,0 +1,52 @@
+// What the operators share: checks of their arguments, and batches.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
+
+#include <initializer_list>
+#include <string>
+#include <vector>
+
+#include "math/normal.h"
+#include "parallel.h"
+
+namespace galore_rrf {
+
+// Of one matrix: checked and narrowed.
+SketchKey sketch_key(int64_t seed, int64_t key, int64_t refresh);
+
+// Throws unless `a` is a matrix or a batch of them, real floating-point and not empty.
+void check_matrix(const char* op, const at::Tensor& a);
+
+inline std::string text(c10::string_view name) { return {name.data(), name.size()}; }
+
+// Keeps autocast out of the products inside an operator.
+struct NoAutocast {
+  c10::impl::ExcludeDispatchKeyGuard guard{c10::autocast_dispatch_keyset};
+};
+
+// A batch seen as a list of matrices, and its leading dimensions.
+struct Batch {
+  at::Tensor matrices;  // count x m x n
+  std::vector<int64_t> dims;
+  explicit Batch(const at::Tensor& a)
+      : matrices(a.dim() == 3   ? a
+                 : a.dim() == 2 ? a.unsqueeze(0)
+                                : a.flatten(0, -3)),
+        dims(a.sizes().begin(), a.sizes().end() - 2) {}
+  int64_t count() const { return matrices.size(0); }
+  std::vector<int64_t> shape(std::initializer_list<int64_t> last) const {
+    std::vector<int64_t> result = dims;
+    result.insert(result.end(), last);
+    return result;
+  }
+  // Equal costs: with at least as many matrices as threads, a matrix a thread.
+  template <class F>
+  void for_each(const F& f) const {
+    for_each_in_parallel(std::vector<double>(static_cast<size_t>(count()), 1.0),
+                         [&](int64_t i, int64_t) { f(i); });
+  }
+};
+
+}  // namespace galore_rrf

@@ -1,0 +1,173 @@
+#include "range_finder/blocks.h"
+
+#include <ATen/ops/empty.h>
+#include <ATen/ops/linalg_vector_norm.h>
+#include <ATen/ops/where.h>
+
+#include <algorithm>
+#include <cmath>
+
+#include "kernels.h"
+#include "math/compensated_sum.h"
+#include "range_finder/orthonormal.h"
+#include "range_finder/product.h"
+#include "range_finder/reflectors.h"
+#include "range_finder/scaling.h"
+#include "range_finder/sketch.h"
+
+namespace galore_rrf {
+namespace {
+
+at::TensorOptions computing(const at::Tensor& a) { return a.options().dtype(compute_dtype(a)); }
+
+// A row-major copy in the compute dtype, so that trailing rows are one piece.
+at::Tensor copy_of(const ScaledMatrix& matrix) {
+  const at::Tensor copy = at::empty(matrix.a.sizes(), computing(matrix.a));
+  copy.copy_(matrix.a);
+  scale_by_power_(copy, -matrix.exponent);
+  return copy;
+}
+
+// Householder, right-looking: A <- H^T A block by block.  The finished rows are B, those below are what
+// is left, in another basis of the complement of Q (Penke 2024).
+class TrailingRows final : public Blocks {
+ public:
+  TrailingRows(const ScaledMatrix& matrix, const AdaptiveOptions& options)
+      : options_(options),
+        work_(copy_of(matrix)),
+        reflectors_(work_.size(0), work_.options()),
+        left_(matrix.squared_norm) {}
+
+  void add(int64_t width) override {
+    const at::Tensor rest = trailing();
+    const bool half_power = options_.sketch == Sketch::half_power;
+    at::Tensor x = test_matrix(work_, rest.size(half_power ? 0 : 1), width, options_.key, rank());
+    if (half_power) x = inner_basis_(multiply(rest.mT(), x));
+    const BlockReflector& h = reflectors_.add(multiply(rest, x), options_.panel);
+    apply_block_reflector_(h, rest, /*transpose=*/true);
+    left_ = kernels_for(work_).squared_norm(trailing());
+  }
+
+  int64_t rank() const override { return reflectors_.width(); }
+  at::Tensor basis() const override { return reflectors_.columns(0); }
+  at::Tensor coefficients() const override { return work_.narrow(0, 0, rank()); }
+  BlockReflector reflector() const override { return reflectors_.merged(); }
+  double left() const override { return left_; }
+
+ private:
+  at::Tensor trailing() const { return work_.narrow(0, rank(), work_.size(0) - rank()); }
+
+  const AdaptiveOptions& options_;
+  at::Tensor work_;
+  Reflectors reflectors_;
+  double left_;
+};
+
+// Every block an explicit Q_i with B_i = Q_i^T A.  Right-looking: A <- A - Q_i B_i (Martinsson and
+// Voronin's randQB); left-looking: A stays, and only sketches of it are cleared of earlier blocks.
+class ExplicitBlocks final : public Blocks {
+ public:
+  ExplicitBlocks(const ScaledMatrix& matrix, const AdaptiveOptions& options, int64_t columns, Method method)
+      : options_(options),
+        a_(method == Method::right_looking ? copy_of(matrix) : matrix.a),
+        exponent_(method == Method::right_looking ? 0 : matrix.exponent),
+        deflating_(method == Method::right_looking),
+        q_(at::empty({columns, a_.size(0)}, computing(a_)).mT()),
+        b_(at::empty({columns, a_.size(1)}, computing(a_))),
+        reflectors_(a_.size(0), computing(a_)),
+        left_(matrix.squared_norm),
+        uncertainty_(deflating_ ? 0
+                                : kDifferenceUnits * unit_roundoff(q_.scalar_type()) * matrix.squared_norm) {}
+
+  void add(int64_t width) override {
+    const at::Tensor y = multiply(a_, right_factor(width), exponent_);
+    const bool householder = options_.between == Between::householder;
+    const at::Tensor q = householder ? reflected(y) : projected(y);
+    const at::Tensor b = b_.narrow(0, rank_, width);
+    multiply_out(b.mT(), a_.mT(), q, exponent_);
+    q_.narrow(1, rank_, width).copy_(q);
+    rank_ += width;
+    if (deflating_) {
+      a_.addmm_(q, b, /*beta=*/1, /*alpha=*/-1);
+      left_ = kernels_for(a_).squared_norm(a_);
+    } else {
+      left_ -= energy_of(q, b);
+    }
+  }
+
+  int64_t rank() const override { return rank_; }
+  at::Tensor basis() const override { return q_.narrow(1, 0, rank_); }
+  at::Tensor coefficients() const override { return b_.narrow(0, 0, rank_); }
+  BlockReflector reflector() const override { return reflectors_.merged(); }
+  double left() const override { return std::max(left_, 0.0); }
+  double uncertainty() const override { return rank_ > 0 ? uncertainty_ : 0; }
+
+ private:
+  // By how much q b shrinks what is left: sum_j (2 - ||q_j||^2) ||b_j||^2.  Columns of q are of unit length
+  // to some 30 u only, which a dominant row of b would turn into an error of the same size.
+  static double energy_of(const at::Tensor& q, const at::Tensor& b) {
+    const Kernels& kernels = kernels_for(q);
+    CompensatedSum sum;
+    for (int64_t j = 0; j < q.size(1); ++j) {
+      sum.add((2 - kernels.squared_norm(q.select(1, j))) * kernels.squared_norm(b.select(0, j)));
+    }
+    return sum.value();
+  }
+
+  // What A is multiplied by: Gaussian, or orthonormal rows of what is left that half a power step found.
+  at::Tensor right_factor(int64_t width) const {
+    const bool half_power = options_.sketch == Sketch::half_power;
+    const at::Tensor omega = test_matrix(a_, a_.size(half_power ? 0 : 1), width, options_.key, rank_);
+    if (!half_power) return omega;
+    at::Tensor z = multiply(a_.mT(), omega, exponent_);
+    if (!deflating_) z.addmm_(coefficients().mT(), basis().mT().matmul(omega), /*beta=*/1, /*alpha=*/-1);
+    return inner_basis_(z);
+  }
+
+  // Householder: the reflectors so far take the earlier blocks out of y; those of the rest give Q_i.
+  at::Tensor reflected(const at::Tensor& y) {
+    reflectors_.apply_transposed_(y);
+    reflectors_.add(y.narrow(0, rank_, y.size(0) - rank_), options_.panel);
+    return reflectors_.columns(rank_);
+  }
+
+  // Gram-Schmidt: y less what lies in Q, and again until rounding brings nothing back.  Where nothing is
+  // left of a column any other will do: a Gaussian one.
+  at::Tensor projected(const at::Tensor& y) const {
+    constexpr double kMost = 0.5;  // of a unit column, when what is taken out of it was rounding
+    const double nothing = 1e3 * unit_roundoff(y.scalar_type());
+    at::Tensor q = y;
+    for (bool again = true, first = true; again; first = false) {
+      q.addmm_(basis(), basis().mT().matmul(q), /*beta=*/1, /*alpha=*/-1);
+      const at::Tensor lengths = at::linalg_vector_norm(q, 2, 0);
+      again = first || lengths.min().item<double>() < kMost;
+      if (!first && again) {
+        q = at::where(lengths.lt(nothing), test_matrix(a_, q.size(0), q.size(1), options_.key, rank_), q);
+      }
+      q = orthonormal_panel(q, options_.panel).q;
+    }
+    return q;
+  }
+
+  const AdaptiveOptions& options_;
+  at::Tensor a_;
+  int exponent_;
+  bool deflating_;
+  at::Tensor q_, b_;  // as wide as can be needed; pages never written to take no memory
+  Reflectors reflectors_;
+  int64_t rank_ = 0;
+  double left_;
+  double uncertainty_;
+};
+
+}  // namespace
+
+std::unique_ptr<Blocks> make_blocks(const ScaledMatrix& matrix, const AdaptiveOptions& options,
+                                    int64_t columns, Method method) {
+  if (method == Method::right_looking && options.between == Between::householder) {
+    return std::make_unique<TrailingRows>(matrix, options);
+  }
+  return std::make_unique<ExplicitBlocks>(matrix, options, columns, method);
+}
+
+}  // namespace galore_rrf

@@ -1,0 +1,45 @@
+// Taking an orthonormal basis out of a matrix block by block.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <memory>
+
+#include "range_finder/adaptive.h"
+#include "range_finder/block_reflector.h"
+
+namespace galore_rrf {
+
+// What left-looking loses in the difference of squared norms, in units of u ||A||^2; 11 are the most seen.
+constexpr double kDifferenceUnits = 16;
+
+// 2^-exponent a, and its squared norm.
+struct ScaledMatrix {
+  at::Tensor a;
+  int exponent;
+  double squared_norm;
+};
+
+// Q (m x rank) and B = Q^T A (rank x n) of a scaled matrix A, growing.
+class Blocks {
+ public:
+  virtual ~Blocks() = default;
+  // Adds `width` columns that span nearly the range of what is left.
+  virtual void add(int64_t width) = 0;
+  // Columns so far.
+  virtual int64_t rank() const = 0;
+  virtual at::Tensor basis() const = 0;
+  virtual at::Tensor coefficients() const = 0;
+  // The block reflector whose first columns are Q; of Between::householder alone.
+  virtual BlockReflector reflector() const = 0;
+  // ||A - Q B||_F^2, and by how much the true one may be larger.
+  virtual double left() const = 0;
+  virtual double uncertainty() const { return 0; }
+};
+
+// Right-looking: what is left is a copy of A from which every block is taken out, and its norm is exact.
+// Left-looking: A is only read, and what is left is the difference of squared norms.
+std::unique_ptr<Blocks> make_blocks(const ScaledMatrix& matrix, const AdaptiveOptions& options,
+                                    int64_t columns, Method method);
+
+}  // namespace galore_rrf
