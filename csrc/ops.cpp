@@ -1,8 +1,8 @@
 // Every operator's schema, and what implements it.
+#include "ops/ops.h"
+
 #include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
 #include <torch/library.h>
-
-#include "ops/ops.h"
 
 namespace galore_rrf {
 
@@ -24,9 +24,8 @@ TORCH_LIBRARY(galore_rrf, m) {
       "int block=64, str method=\"auto\", str sketch=\"plain\", int seed=0) -> (Tensor[] bases, "
       "Tensor[] coefficients, Tensor[] ranks, Tensor[] statuses)");
   m.def("panel_qr(Tensor panel, *, str method=\"householder\") -> (Tensor v, Tensor t, Tensor r)");
-  m.def(
-      "orthonormal_panel(Tensor panel, *, str method=\"cholesky_qr\") -> (Tensor q, Tensor r, "
-      "Tensor fell_back)");
+  m.def("orthonormal_panel(Tensor panel, *, str method=\"cholesky_qr\") -> (Tensor q, Tensor r, "
+        "Tensor fell_back)");
   m.def("householder_reconstruction(Tensor q) -> (Tensor v, Tensor t, Tensor signs)");
   m.def("apply_block_reflector(Tensor v, Tensor t, Tensor a, *, bool transpose=False) -> Tensor");
   m.def("explicit_basis(Tensor v, Tensor t) -> Tensor");

@@ -7,11 +7,20 @@ from galore_rrf._binding import build_info
 from galore_rrf.memory import state_bytes
 from galore_rrf.optimizer import GaLoreAdamW
 from galore_rrf.param_groups import param_groups
-from galore_rrf.range_finder import RangeFinderResult, Status, adaptive_range_finder, range_finder
+from galore_rrf.range_finder import (
+    BlockReflector,
+    RangeFinderResult,
+    Status,
+    adaptive_range_finder,
+    qb,
+    range_finder,
+    svd_lowrank,
+)
 
 __version__ = _version("galore_rrf")
 
 __all__ = [
+    "BlockReflector",
     "GaLoreAdamW",
     "RangeFinderResult",
     "Status",
@@ -21,6 +30,8 @@ __all__ = [
     "memory",
     "ops",
     "param_groups",
+    "qb",
     "range_finder",
     "state_bytes",
+    "svd_lowrank",
 ]

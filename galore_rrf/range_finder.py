@@ -248,7 +248,7 @@ def svd_lowrank(
     a: Tensor,
     q: int | None = None,
     niter: int = 2,
-    M: Tensor | None = None,  # noqa: N803 (the name that torch.svd_lowrank has)
+    M: Tensor | None = None,
     *,
     tolerance: float | None = None,
     seed: int = 0,

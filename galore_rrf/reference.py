@@ -247,7 +247,9 @@ def _adaptive(
         y = rest @ omega if sketch == "plain" else rest @ _orth(rest.mT @ omega)
         if y.shape[1] < width:  # more columns than n: any will do
             y = torch.cat([y, omega[:, y.shape[1] :]], 1)
-        new = _orth(torch.cat([q, _orth(y)], 1))[:, new_columns]  # reorthogonalised against the earlier blocks
+        new = _orth(torch.cat([q, _orth(y)], 1))[
+            :, new_columns
+        ]  # reorthogonalised against the earlier blocks
         kept = new.mT @ rest
         rest = rest - new @ kept
         q, b = torch.cat([q, new], 1), torch.cat([b, kept])

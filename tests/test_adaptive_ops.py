@@ -86,7 +86,14 @@ def sweep(device, matrix, dtype, shapes, tolerances, seeds, **options):
         for tolerance in tolerances:
             for seed in range(seeds):
                 found = adaptive_range_finder(a, tolerance, block=block, seed=seed, **options)
-                check(a, found, tolerance, block=block, trim=options.get("trim", True), method=options.get("method", "auto"))
+                check(
+                    a,
+                    found,
+                    tolerance,
+                    block=block,
+                    trim=options.get("trim", True),
+                    method=options.get("method", "auto"),
+                )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -6,10 +6,10 @@
 #include <string>
 #include <vector>
 
-#include "optimizer/projected_adamw.h"
-#include "optimizer/rotate.h"
 #include "ops/checks.h"
 #include "ops/ops.h"
+#include "optimizer/projected_adamw.h"
+#include "optimizer/rotate.h"
 #include "range_finder/product.h"
 
 namespace galore_rrf {
@@ -130,9 +130,9 @@ at::Tensor projected_adamw_op(at::TensorList params, at::TensorList grads, at::T
 }
 
 std::tuple<at::Tensor, at::Tensor> rotate_moments_op(const at::Tensor& exp_avg, const at::Tensor& exp_avg_sq,
-                                                  const at::Tensor& basis, const at::Tensor& new_basis,
-                                                  int64_t side, double bias_correction1,
-                                                  double bias_correction2) {
+                                                     const at::Tensor& basis, const at::Tensor& new_basis,
+                                                     int64_t side, double bias_correction1,
+                                                     double bias_correction2) {
   const NoAutocast no_autocast;
   const bool right = side_from_int(side) == Side::right;
   TORCH_CHECK_VALUE(exp_avg.dim() >= 2 && exp_avg.sizes() == exp_avg_sq.sizes(),

@@ -15,9 +15,7 @@ namespace galore_rrf {
 namespace {
 
 // A panel in the compute dtype and column-major, as LAPACK wants it.
-at::Tensor as_panel(const at::Tensor& a) {
-  return a.mT().to(compute_dtype(a)).contiguous().mT();
-}
+at::Tensor as_panel(const at::Tensor& a) { return a.mT().to(compute_dtype(a)).contiguous().mT(); }
 
 at::Tensor buffer(const Batch& batch, int64_t rows, int64_t cols) {
   return at::empty({batch.count(), cols, rows}, batch.matrices.options().dtype(compute_dtype(batch.matrices)))
@@ -118,8 +116,7 @@ at::Tensor explicit_basis_op(const at::Tensor& v, const at::Tensor& t) {
   const Batch vs(v), ts(t);
   const at::Tensor q = buffer(vs, v.size(-2), v.size(-1));
   vs.for_each([&](int64_t i) {
-    q.select(0, i).copy_(
-        explicit_basis({vs.matrices.select(0, i), ts.matrices.select(0, i)}, v.size(-1)));
+    q.select(0, i).copy_(explicit_basis({vs.matrices.select(0, i), ts.matrices.select(0, i)}, v.size(-1)));
   });
   return q.view(vs.shape({v.size(-2), v.size(-1)}));
 }
@@ -129,15 +126,15 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> svd_of_product_op(const at::Tenso
   const NoAutocast no_autocast;
   check_tall("svd_of_product", basis);
   check_matrix("svd_of_product", coefficients);
-  TORCH_CHECK_VALUE(coefficients.dim() == basis.dim() && coefficients.size(-2) == basis.size(-1) &&
-                        coefficients.size(-1) >= coefficients.size(-2) &&
-                        coefficients.scalar_type() == basis.scalar_type() &&
-                        basis.scalar_type() == compute_dtype(basis) &&
-                        coefficients.sizes().slice(0, basis.dim() - 2) == basis.sizes().slice(0, basis.dim() - 2),
-                    "Invalid coefficients: ", coefficients.sizes(), " ", coefficients.scalar_type(),
-                    " (must have a row for each column of basis, at least as many columns, and its dtype, "
-                    "float32 or float64: ",
-                    basis.sizes(), " ", basis.scalar_type(), ")");
+  TORCH_CHECK_VALUE(
+      coefficients.dim() == basis.dim() && coefficients.size(-2) == basis.size(-1) &&
+          coefficients.size(-1) >= coefficients.size(-2) &&
+          coefficients.scalar_type() == basis.scalar_type() && basis.scalar_type() == compute_dtype(basis) &&
+          coefficients.sizes().slice(0, basis.dim() - 2) == basis.sizes().slice(0, basis.dim() - 2),
+      "Invalid coefficients: ", coefficients.sizes(), " ", coefficients.scalar_type(),
+      " (must have a row for each column of basis, at least as many columns, and its dtype, "
+      "float32 or float64: ",
+      basis.sizes(), " ", basis.scalar_type(), ")");
   const Batch qs(basis), bs(coefficients);
   const int64_t m = basis.size(-2), r = basis.size(-1), n = coefficients.size(-1);
   const at::Tensor u = buffer(qs, m, r), v = buffer(qs, n, r);

@@ -64,8 +64,8 @@ struct AdaptiveBuffers {
     const int64_t cap = options.max_rank;
     const auto dtype = batch.matrices.options().dtype(compute_dtype(batch.matrices));
     const auto fp64 = dtype.dtype(at::kDouble);
-    basis = at::zeros({count, cap, m}, dtype).mT();
-    coefficients = at::zeros({count, cap, n}, dtype);
+    basis = at::empty({count, cap, m}, dtype).mT();
+    coefficients = at::empty({count, cap, n}, dtype);
     rank = at::zeros({count}, dtype.dtype(at::kLong));
     residual = at::zeros({count}, fp64);
     residuals = at::full({count, block_cap(m, n, options)}, kNaN, fp64);
@@ -76,8 +76,11 @@ struct AdaptiveBuffers {
 
   void set(int64_t i, const AdaptiveResult& found) const {
     const int64_t r = found.rank();
+    const int64_t beyond = coefficients.size(1) - r;
     basis.select(0, i).narrow(1, 0, r).copy_(found.basis);
+    basis.select(0, i).narrow(1, r, beyond).zero_();
     coefficients.select(0, i).narrow(0, 0, r).copy_(found.coefficients);
+    coefficients.select(0, i).narrow(0, r, beyond).zero_();
     if (triangular_factor.size(1) > 0) {
       triangular_factor.select(0, i).narrow(0, 0, r).narrow(1, 0, r).copy_(found.triangular_factor);
     }
@@ -200,7 +203,8 @@ adaptive_range_finder_op(const at::Tensor& a, double tolerance, bool relative, i
           out.residual.view(batch.dims),
           out.residuals.view(batch.shape({out.residuals.size(1)})),
           out.status.view(batch.dims),
-          out.triangular_factor.view(batch.shape({out.triangular_factor.size(1), out.triangular_factor.size(1)}))};
+          out.triangular_factor.view(
+              batch.shape({out.triangular_factor.size(1), out.triangular_factor.size(1)}))};
 }
 
 std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>, std::vector<at::Tensor>, std::vector<at::Tensor>>
@@ -210,11 +214,11 @@ adaptive_range_finders_op(at::TensorList matrices, double tolerance, int64_t max
   const NoAutocast no_autocast;
   const size_t count = matrices.size();
   TORCH_CHECK_VALUE(keys.size() == count && refreshes.size() == count,
-                    "adaptive_range_finders expects lists of one length, got ", count, ", ", keys.size(), " and ",
-                    refreshes.size());
-  const AdaptiveOptions common = adaptive_options(tolerance, /*relative=*/true, block, max_rank, method, sketch,
-                                                  /*trim=*/true, /*extra_blocks=*/1, "householder",
-                                                  "householder", /*implicit=*/false);
+                    "adaptive_range_finders expects lists of one length, got ", count, ", ", keys.size(),
+                    " and ", refreshes.size());
+  const AdaptiveOptions common =
+      adaptive_options(tolerance, /*relative=*/true, block, max_rank, method, sketch,
+                       /*trim=*/true, /*extra_blocks=*/1, "householder", "householder", /*implicit=*/false);
   struct Piece {
     size_t owner;
     int64_t index;

@@ -18,9 +18,6 @@ namespace {
 // Columns beyond n that a tall matrix of full rank needs, since its last sketch is square.
 constexpr int64_t kTallExtra = 16;
 
-// A relative residual that the difference of squared norms gives to a few per cent, fp32 included.
-constexpr double kDifferenceTells = 0.004;
-
 // The inner factor of half a power step has n rows, so no more columns than that.
 int64_t block_width(int64_t n, const AdaptiveOptions& options) {
   return options.sketch == Sketch::half_power ? std::min(options.block, n) : options.block;
@@ -66,8 +63,8 @@ AdaptiveResult adaptive_range_finder(const at::Tensor& a, const AdaptiveOptions&
   const at::ScalarType dtype = compute_dtype(a);
   const auto ended = [&](Status status, double residual) {
     const auto none = a.options().dtype(dtype);
-    return AdaptiveResult{at::zeros({m, 0}, none), at::zeros({0, n}, none), at::zeros({0, 0}, none),
-                          residual,                {},                      status};
+    return AdaptiveResult{
+        at::zeros({m, 0}, none), at::zeros({0, n}, none), at::zeros({0, 0}, none), residual, {}, status};
   };
 
   ScaledMatrix matrix{a, 0, squared_norm(a)};
@@ -79,9 +76,8 @@ AdaptiveResult adaptive_range_finder(const at::Tensor& a, const AdaptiveOptions&
     matrix.squared_norm = squared_norm(a, matrix.exponent);
   }
   const double norm2 = matrix.squared_norm;
-  const double tau = options.relative
-                         ? options.tolerance
-                         : std::ldexp(options.tolerance, -matrix.exponent) / std::sqrt(norm2);
+  const double tau = options.relative ? options.tolerance
+                                      : std::ldexp(options.tolerance, -matrix.exponent) / std::sqrt(norm2);
   const double threshold = tau * tau * norm2;
   const Method method = chosen_method(options, tau, dtype);
   const int64_t cap = column_cap(m, n, options);
@@ -94,7 +90,7 @@ AdaptiveResult adaptive_range_finder(const at::Tensor& a, const AdaptiveOptions&
   };
   const auto within = [&] { return blocks->left() + blocks->uncertainty() <= threshold; };
   while (blocks->rank() < cap && !within()) add_block();
-  const bool trimming = options.trim && within();
+  const bool trimming = options.trim && threshold > 0 && within();  // tolerance 0 is full rank
   if (trimming && blocks->rank() > 0) {
     for (int64_t i = 0; i < options.extra_blocks && blocks->rank() < cap && blocks->left() > 0; ++i) {
       add_block();
@@ -108,7 +104,7 @@ AdaptiveResult adaptive_range_finder(const at::Tensor& a, const AdaptiveOptions&
     const BlockReflector h = blocks->reflector();
     result.basis = h.v;
     result.triangular_factor = h.t;
-    result.coefficients = all.clone();
+    result.coefficients = all;
   } else if (trimming || blocks->rank() > options.max_rank) {
     const EnergyOrder order = energy_order(all);
     int64_t kept = order.energies.size(0);
@@ -119,8 +115,8 @@ AdaptiveResult adaptive_range_finder(const at::Tensor& a, const AdaptiveOptions&
     result.basis = multiply(blocks->basis(), rotation);
     result.coefficients = rotation.mT().matmul(all);
   } else {
-    result.basis = blocks->basis().clone();
-    result.coefficients = all.clone();
+    result.basis = blocks->basis();
+    result.coefficients = all;
   }
   scale_by_power_(result.coefficients, matrix.exponent);
 
@@ -133,7 +129,7 @@ AdaptiveResult adaptive_range_finder(const at::Tensor& a, const AdaptiveOptions&
   }
   // Below the floor nobody can tell, even where the last rows have run out and nothing seems left.
   const bool can_tell = tau >= tolerance_floor(dtype, Method::right_looking);
-  result.status = kept_tolerance && can_tell            ? Status::converged
+  result.status = kept_tolerance && can_tell             ? Status::converged
                   : tau < tolerance_floor(dtype, method) ? Status::floor
                                                          : Status::rank_cap;
   return result;

@@ -8,10 +8,10 @@
 #include <cmath>
 
 #include "kernels.h"
-#include "math/compensated_sum.h"
 #include "range_finder/orthonormal.h"
 #include "range_finder/product.h"
 #include "range_finder/reflectors.h"
+#include "range_finder/residual.h"
 #include "range_finder/scaling.h"
 #include "range_finder/sketch.h"
 
@@ -91,7 +91,7 @@ class ExplicitBlocks final : public Blocks {
       a_.addmm_(q, b, /*beta=*/1, /*alpha=*/-1);
       left_ = kernels_for(a_).squared_norm(a_);
     } else {
-      left_ -= energy_of(q, b);
+      left_ -= kept_energy(q, b);
     }
   }
 
@@ -103,17 +103,6 @@ class ExplicitBlocks final : public Blocks {
   double uncertainty() const override { return rank_ > 0 ? uncertainty_ : 0; }
 
  private:
-  // By how much q b shrinks what is left: sum_j (2 - ||q_j||^2) ||b_j||^2.  Columns of q are of unit length
-  // to some 30 u only, which a dominant row of b would turn into an error of the same size.
-  static double energy_of(const at::Tensor& q, const at::Tensor& b) {
-    const Kernels& kernels = kernels_for(q);
-    CompensatedSum sum;
-    for (int64_t j = 0; j < q.size(1); ++j) {
-      sum.add((2 - kernels.squared_norm(q.select(1, j))) * kernels.squared_norm(b.select(0, j)));
-    }
-    return sum.value();
-  }
-
   // What A is multiplied by: Gaussian, or orthonormal rows of what is left that half a power step found.
   at::Tensor right_factor(int64_t width) const {
     const bool half_power = options_.sketch == Sketch::half_power;

@@ -4,13 +4,20 @@
 #include <cmath>
 
 #include "kernels.h"
+#include "math/compensated_sum.h"
 #include "range_finder/scaling.h"
 
 namespace galore_rrf {
 
+double kept_energy(const at::Tensor& basis, const at::Tensor& coefficients, int exponent) {
+  CompensatedSum sum;
+  for (int64_t j = 0; j < basis.size(1); ++j) {
+    sum.add((2 - squared_norm(basis.narrow(1, j, 1))) * squared_norm(coefficients.narrow(0, j, 1), exponent));
+  }
+  return sum.value();
+}
+
 double relative_residual(const at::Tensor& a, const at::Tensor& basis, const at::Tensor& coefficients) {
-  // Below this share the rounding of B, a few u ||a||^2, would tell in the difference of squared norms.
-  constexpr double kCancellation = 1.0 / 16;
   int exponent = 0;
   double total = squared_norm(a);
   if (!is_safe(total, basis.scalar_type())) {
@@ -19,8 +26,8 @@ double relative_residual(const at::Tensor& a, const at::Tensor& basis, const at:
     exponent = exponent_of(largest);
     total = squared_norm(a, exponent);
   }
-  double left = total - squared_norm(coefficients, exponent);
-  if (left < kCancellation * total) {
+  double left = total - kept_energy(basis, coefficients, exponent);
+  if (left < kDifferenceTells * kDifferenceTells * total) {
     constexpr int64_t kTileEntries = 1 << 17;
     const int64_t width = std::max<int64_t>(1, kTileEntries / a.size(0));
     left = 0;
