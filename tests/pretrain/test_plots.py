@@ -286,6 +286,10 @@ def test_table(tmp_path):
         "optimizer state": "2.0 MiB",
         "peak memory": "3.0 MiB",
     }
+    alone = cells(runs_table(read_runs([tmp_path / "ended"])))  # turned, to fit a terminal
+    assert [row for row in alone if not set(row[0]) <= {"-"}] == list(
+        map(list, zip(header, ended, strict=True))
+    )
     found = dict(zip(header, running, strict=True))
     assert found["optimizer"] == "galore, tolerance 0.5, rank up to 8"
     assert found["steps"] == "40 (not ended)"

@@ -226,7 +226,10 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1
 
 
 def runs_table(runs: Sequence[Run]) -> str:
-    """A Markdown table of runs; those not ended by what they have written so far."""
+    """A Markdown table of runs, of a single one turned so that it fits a terminal.
+
+    Runs that have not ended by what they have written so far.
+    """
     header = (
         "run",
         "optimizer",
@@ -238,7 +241,10 @@ def runs_table(runs: Sequence[Run]) -> str:
         "seconds",
     )
     header += ("in the optimizer", "of the steps", "in refreshes", "optimizer state", "peak memory")
-    return markdown(header, [_row(run) for run in runs], left=2)
+    rows = [_row(run) for run in runs]
+    if len(rows) == 1:
+        return markdown((header[0], rows[0][0]), list(zip(header[1:], rows[0][1:], strict=True)))
+    return markdown(header, rows, left=2)
 
 
 def _row(run: Run) -> list[str]:
