@@ -15,7 +15,8 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 REQUIREMENTS := $(VENV)/requirements.stamp
 INSTALLED := build/installed.stamp
 
-CPP := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp tests/cpp/*.h tests/cpp/*.cpp)
+CPP := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp tests/cpp/*.h tests/cpp/*.cpp \
+	examples/cpp/*.cpp)
 
 .PHONY: help install test check pretrain bench lint format wheel clean
 

@@ -1,4 +1,4 @@
-// Block reflectors H = I - V T V^T in compact WY form (Schreiber and Van Loan 1989).
+// Block reflectors H = I - V T V^T, found and applied.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -6,11 +6,6 @@
 #include "range_finder/types.h"
 
 namespace galore_rrf {
-
-struct BlockReflector {
-  at::Tensor v;  // p x w, unit lower trapezoidal; a column of zeros stands for no reflection
-  at::Tensor t;  // w x w, upper triangular
-};
 
 // A panel (p x w) as H [r; 0], H orthogonal, r (k x w) upper triangular, k = min(p, w).
 struct ReflectedPanel {

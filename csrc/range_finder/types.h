@@ -1,4 +1,4 @@
-// What range finders share: their choices by name, and how they end.
+// What range finders share: their choices by name.
 #pragma once
 
 #include <c10/util/Exception.h>
@@ -9,6 +9,7 @@
 #include <string_view>
 #include <utility>
 
+#include "galore_rrf/types.h"
 #include "math/normal.h"
 
 namespace galore_rrf {
@@ -23,9 +24,6 @@ enum class Between { householder, gram_schmidt };
 
 // Whether every block is taken out of a copy of the matrix (right) or of its sketch alone (left).
 enum class Method { automatic, right_looking, left_looking };
-
-// The uint8 status of a range finder; the names and numbers are Python's `Status`.
-enum class Status : uint8_t { converged = 0, rank_cap = 1, floor = 2, zero = 3, nonfinite = 4 };
 
 // The choice called `name`; throws with the allowed names where it is none of them.
 template <class Choice>
