@@ -85,6 +85,21 @@ class RangeFinderResult:
         return q
 
 
+def _check(a: Tensor, nonfinite: str) -> None:
+    """What the operators cannot check."""
+    if a.layout != torch.strided:
+        raise TypeError(f"Invalid a: a tensor of layout {a.layout} (must be strided: use a.to_dense())")
+    if nonfinite not in ("status", "raise"):
+        raise ValueError(f"Invalid nonfinite: {nonfinite!r} (must be 'status' or 'raise')")
+
+
+def _raise_nonfinite(status: Tensor) -> None:
+    bad = (status == Status.nonfinite).nonzero().tolist()
+    if bad:
+        which = f"matrix {bad[0]} of the batch" if status.dim() else "the matrix"
+        raise FloatingPointError(f"{which} has a NaN or infinite entry")
+
+
 def range_finder(
     a: Tensor,
     rank: int,
@@ -95,6 +110,7 @@ def range_finder(
     warm: Tensor | None = None,
     coefficients: bool = True,
     panel: str = "householder",
+    nonfinite: str = "status",
     seed: int = 0,
     key: int = 0,
     refresh: int = 0,
@@ -114,12 +130,16 @@ def range_finder(
         coefficients: whether to compute B = Q^T A, and the residual with it.
         panel: how the sketch is orthonormalised: ``"householder"``, ``"cholesky_qr"`` or
             ``"gram_schmidt"`` (`ops.orthonormal_panel`).
+        nonfinite: what a NaN or infinite entry leads to: ``"status"``, `Status.nonfinite` and a basis of
+            zeros, or ``"raise"``.
         seed, key, refresh: choose the Gaussian test matrix (`ops.gaussian_sketch`); matrix i of a batch
             has that of ``key + i``.  The same arguments give the same result.
 
     Raises:
         ValueError, TypeError: naming the argument, its value and what is allowed.
+        FloatingPointError: for a NaN or infinite entry, with ``nonfinite="raise"``.
     """
+    _check(a, nonfinite)
     basis, b, residual, status = ops.range_finder(
         a,
         rank,
@@ -133,6 +153,8 @@ def range_finder(
         key=key,
         refresh=refresh,
     )
+    if nonfinite == "raise":
+        _raise_nonfinite(status)
     kept = b if coefficients else None
     if a.dim() > 2:
         ranks = torch.full_like(status, rank, dtype=torch.int64)
@@ -155,6 +177,7 @@ def adaptive_range_finder(
     between: str = "householder",
     panel: str = "householder",
     implicit: bool = False,
+    nonfinite: str = "status",
     seed: int = 0,
     key: int = 0,
     refresh: int = 0,
@@ -181,11 +204,13 @@ def adaptive_range_finder(
             (`ops.panel_qr`).  docs/range_finders.md compares them all.
         implicit: return the basis as `reflector`, without forming it; with ``trim=False`` and
             ``between="householder"``.
-        seed, key, refresh: as in `range_finder`.
+        nonfinite, seed, key, refresh: as in `range_finder`.
 
     Raises:
         ValueError, TypeError: naming the argument, its value and what is allowed.
+        FloatingPointError: for a NaN or infinite entry, with ``nonfinite="raise"``.
     """
+    _check(a, nonfinite)
     basis, b, rank, residual, residuals, status, t = ops.adaptive_range_finder(
         a,
         tolerance,
@@ -203,6 +228,8 @@ def adaptive_range_finder(
         key=key,
         refresh=refresh,
     )
+    if nonfinite == "raise":
+        _raise_nonfinite(status)
     largest = int(rank.max()) if rank.numel() else 0
     basis, b = basis[..., :largest], b[..., :largest, :]
     reflector = BlockReflector(basis, t[..., :largest, :largest]) if implicit else None
@@ -233,13 +260,14 @@ def qb(
 
     Raises:
         ValueError: unless exactly one of rank and tolerance is given; as the range finders.
+        FloatingPointError: for a NaN or infinite entry.
     """
     _one_of(rank, tolerance, "rank")
     if rank is not None:
-        found = range_finder(a, rank, seed=seed)
+        found = range_finder(a, rank, nonfinite="raise", seed=seed)
     else:
         assert tolerance is not None
-        found = adaptive_range_finder(a, tolerance, seed=seed)
+        found = adaptive_range_finder(a, tolerance, nonfinite="raise", seed=seed)
     assert found.coefficients is not None
     return found.basis, found.coefficients
 
@@ -272,6 +300,7 @@ def svd_lowrank(
 
     Raises:
         ValueError: where both q and tolerance are given; as the range finders.
+        FloatingPointError: for a NaN or infinite entry.
     """
     if M is not None:
         a = a - M
@@ -283,9 +312,9 @@ def svd_lowrank(
             raise ValueError(f"Invalid q: {q} (must be from 1 to {smaller}, the smaller side)")
         rank = min(6, smaller) if q is None else q
         sketch = {0: "plain"}.get(niter, "power")
-        found = range_finder(a, rank, sketch=sketch, power=niter, seed=seed)
+        found = range_finder(a, rank, sketch=sketch, power=niter, nonfinite="raise", seed=seed)
     else:
         _one_of(q, tolerance, "q")
-        found = adaptive_range_finder(a, tolerance, seed=seed)
+        found = adaptive_range_finder(a, tolerance, nonfinite="raise", seed=seed)
     assert found.coefficients is not None
     return ops.svd_of_product(found.basis, found.coefficients)

@@ -122,9 +122,11 @@ AdaptiveResult adaptive_range_finder(const at::Tensor& a, const AdaptiveOptions&
 
   result.residual = std::sqrt(left / norm2);
   bool kept_tolerance = left + blocks->uncertainty() <= threshold;
-  if (method == Method::left_looking && result.residual < kDifferenceTells && !options.implicit) {
-    result.residual = relative_residual(a, result.basis, result.coefficients);
-    if (!trimming && !result.residuals.empty()) result.residuals.back() = result.residual;
+  if (method == Method::left_looking && result.residual < kDifferenceTells) {
+    const at::Tensor q = options.implicit ? blocks->basis() : result.basis;
+    result.residual = relative_residual(a, q, result.coefficients);
+    if (result.rank() == blocks->rank() && !result.residuals.empty())
+      result.residuals.back() = result.residual;
     kept_tolerance = result.residual <= tau;
   }
   // Below the floor nobody can tell, even where the last rows have run out and nothing seems left.

@@ -27,7 +27,7 @@ double unit_roundoff(at::ScalarType dtype) { return dtype == at::kDouble ? 0x1p-
 
 bool is_safe(double squared_norm, at::ScalarType dtype) {
   const bool fp64 = dtype == at::kDouble;
-  return squared_norm >= (fp64 ? 1e-200 : 1e-20) && squared_norm <= (fp64 ? 1e200 : 1e30);  // false for NaN
+  return squared_norm >= (fp64 ? 1e-200 : 1e-30) && squared_norm <= (fp64 ? 1e200 : 1e30);  // false for NaN
 }
 
 double squared_norm(const at::Tensor& a, int exponent) {
