@@ -18,6 +18,7 @@ void check_matrix(const char* op, const at::Tensor& a) {
                     " dimensions");
   TORCH_CHECK_TYPE(at::isFloatingType(a.scalar_type()), op, " expects a real floating-point matrix, got ",
                    a.scalar_type());
+  TORCH_CHECK_TYPE(a.layout() == at::kStrided, op, " expects a dense matrix, got ", a.layout());
   TORCH_CHECK_VALUE(a.size(-2) > 0 && a.size(-1) > 0, op,
                     " expects at least one row and one column, got shape ", a.sizes());
 }

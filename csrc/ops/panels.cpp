@@ -28,8 +28,13 @@ void check_tall(const char* op, const at::Tensor& a) {
                     a.sizes());
 }
 
+// A basis of no columns, which is what a range finder finds where nothing is asked for, is one.
+void check_basis(const char* op, const at::Tensor& a) {
+  if (a.dim() < 2 || a.size(-1) > 0) check_tall(op, a);
+}
+
 void check_reflector(const char* op, const at::Tensor& v, const at::Tensor& t) {
-  check_tall(op, v);
+  check_basis(op, v);
   auto square = v.sizes().vec();
   square[square.size() - 2] = v.size(-1);
   TORCH_CHECK_VALUE(t.sizes() == at::IntArrayRef(square), "Invalid t: shape ", t.sizes(), " (must be ",
@@ -44,7 +49,7 @@ void check_reflector(const char* op, const at::Tensor& v, const at::Tensor& t) {
 std::tuple<at::Tensor, at::Tensor, at::Tensor> panel_qr_op(const at::Tensor& panel, c10::string_view method) {
   const NoAutocast no_autocast;
   check_matrix("panel_qr", panel);
-  const Panel how = panel_from_name(text(method));
+  const Panel how = panel_from_name(text(method), "method");
   const Batch batch(panel);
   const int64_t p = panel.size(-2), w = panel.size(-1), k = std::min(p, w);
   const at::Tensor v = buffer(batch, p, k), t = buffer(batch, k, k), r = buffer(batch, k, w);
@@ -61,7 +66,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> orthonormal_panel_op(const at::Te
                                                                     c10::string_view method) {
   const NoAutocast no_autocast;
   check_matrix("orthonormal_panel", panel);
-  const Panel how = panel_from_name(text(method));
+  const Panel how = panel_from_name(text(method), "method");
   const Batch batch(panel);
   const int64_t p = panel.size(-2), w = panel.size(-1), k = std::min(p, w);
   const at::Tensor q = buffer(batch, p, k), r = buffer(batch, k, w);
@@ -124,8 +129,7 @@ at::Tensor explicit_basis_op(const at::Tensor& v, const at::Tensor& t) {
 std::tuple<at::Tensor, at::Tensor, at::Tensor> svd_of_product_op(const at::Tensor& basis,
                                                                  const at::Tensor& coefficients) {
   const NoAutocast no_autocast;
-  check_tall("svd_of_product", basis);
-  check_matrix("svd_of_product", coefficients);
+  check_basis("svd_of_product", basis);
   TORCH_CHECK_VALUE(
       coefficients.dim() == basis.dim() && coefficients.size(-2) == basis.size(-1) &&
           coefficients.size(-1) >= coefficients.size(-2) &&
@@ -140,6 +144,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> svd_of_product_op(const at::Tenso
   const at::Tensor u = buffer(qs, m, r), v = buffer(qs, n, r);
   const at::Tensor s = at::empty({qs.count(), r}, u.options());
   qs.for_each([&](int64_t i) {
+    if (r == 0) return;
     const Svd svd = svd_of_product(qs.matrices.select(0, i), bs.matrices.select(0, i));
     u.select(0, i).copy_(svd.u);
     s.select(0, i).copy_(svd.s);

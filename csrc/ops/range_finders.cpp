@@ -51,6 +51,9 @@ AdaptiveOptions adaptive_options(double tolerance, bool relative, int64_t block,
 }
 
 AdaptiveOptions for_shape(AdaptiveOptions options, int64_t m, int64_t n) {
+  // Larger ones mean the same, and their product would overflow.
+  options.block = std::min(options.block, std::max(m, n));
+  options.extra_blocks = std::min(options.extra_blocks, std::max(m, n));
   options.max_rank = std::min({options.max_rank, m, n});
   return options;
 }

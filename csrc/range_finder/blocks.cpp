@@ -123,13 +123,15 @@ class ExplicitBlocks final : public Blocks {
   // Gram-Schmidt: y less what lies in Q, and again until rounding brings nothing back.  Where nothing is
   // left of a column any other will do: a Gaussian one.
   at::Tensor projected(const at::Tensor& y) const {
-    constexpr double kMost = 0.5;  // of a unit column, when what is taken out of it was rounding
+    // As long as less is taken out of all (unit) columns together, the panel keeps a condition number under
+    // sqrt(2), and its own orthogonalisation brings back no more than rounding.
+    constexpr double kMost = 0.5;
     const double nothing = 1e3 * unit_roundoff(y.scalar_type());
     at::Tensor q = y;
     for (bool again = true, first = true; again; first = false) {
       q.addmm_(basis(), basis().mT().matmul(q), /*beta=*/1, /*alpha=*/-1);
       const at::Tensor lengths = at::linalg_vector_norm(q, 2, 0);
-      again = first || lengths.min().item<double>() < kMost;
+      again = first || static_cast<double>(q.size(1)) - lengths.square().sum().item<double>() > kMost;
       if (!first && again) {
         q = at::where(lengths.lt(nothing), test_matrix(a_, q.size(0), q.size(1), options_.key, rank_), q);
       }

@@ -6,6 +6,7 @@
 #include <ATen/ops/linalg_householder_product.h>
 #include <ATen/ops/linalg_lu_factor_ex.h>
 #include <ATen/ops/linalg_solve_triangular.h>
+#include <ATen/ops/linalg_vector_norm.h>
 #include <ATen/ops/zeros.h>
 
 #include <algorithm>
@@ -51,6 +52,8 @@ std::optional<PanelQR> cholesky_qr(const at::Tensor& panel) {
 }
 
 std::optional<PanelQR> gram_schmidt_qr(const at::Tensor& panel) {
+  // The reciprocals of shorter columns overflow, or in fp64 their squares vanish.
+  const double shortest = panel.scalar_type() == at::kDouble ? 1e-140 : 1e-36;
   const int64_t width = panel.size(1);
   if (panel.size(0) < width) return std::nullopt;
   const at::Tensor q = panel.mT().clone(at::MemoryFormat::Contiguous).mT();
@@ -62,8 +65,9 @@ std::optional<PanelQR> gram_schmidt_qr(const at::Tensor& panel) {
       const at::Tensor along = before.mT().mv(column);
       column.sub_(before.mv(along));
       r.select(1, j).narrow(0, 0, j).add_(along);
-      length = column.norm().item<double>();
+      length = at::linalg_vector_norm(column, 2, std::nullopt, false, at::kDouble).item<double>();
     }
+    if (!(lengths[1] > shortest)) return std::nullopt;
     // Twice is enough, unless the second time took away what the first had left: then that was rounding.
     if (!(lengths[1] > 0.5 * lengths[0])) return std::nullopt;
     column.div_(lengths[1]);

@@ -38,7 +38,7 @@ Choice choice_from_name(const char* argument, std::string_view name,
 }
 
 Sketch sketch_from_name(std::string_view name);
-Panel panel_from_name(std::string_view name);
+Panel panel_from_name(std::string_view name, const char* argument = "panel");
 Between between_from_name(std::string_view name);
 Method method_from_name(std::string_view name);
 
