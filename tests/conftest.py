@@ -5,6 +5,8 @@ import torch
 
 from galore_rrf import _C, ops, reference
 
+pytest.register_assert_rewrite("bounds", "matrices")
+
 DEVICES = ["cpu"]
 if torch.cuda.is_available() and "cuda" in _C.build_info():
     DEVICES.append("cuda")

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from bounds import CONVERGED, FLOOR, NONFINITE, RANK_CAP, ZERO, check
 from matrices import (
     MATRICES,
     UNIT_ROUNDOFF,
@@ -21,61 +22,6 @@ from matrices import (
 
 from galore_rrf import reference
 from galore_rrf.ops import adaptive_range_finder
-
-CONVERGED, RANK_CAP, FLOOR, ZERO, NONFINITE = range(5)
-FLOORS = {torch.float32: 1.2e-5, torch.float64: 2.3e-14, torch.bfloat16: 1.2e-5, torch.float16: 1.2e-5}
-
-
-def looks_left(dtype, tolerance, method):
-    """Whether the residual is a difference of squared norms, right to 16 u ||A||^2."""
-    return method == "left_looking" or (method == "auto" and tolerance >= 8 * UNIT_ROUNDOFF[dtype] ** 0.5)
-
-
-def check(a, found, tolerance, *, block, max_rank=None, trim=True, method="auto"):
-    """Assertions 1, 3, 4, 5, 6, 8 of section 3 for one matrix, in fp64; `tolerance` is relative."""
-    a = a.cpu()
-    u = UNIT_ROUNDOFF[a.dtype]
-    basis, coefficients, rank, residual, residuals, status = (t.cpu() for t in found[:6])
-    m, n = a.shape
-    cap = min(m, n, max_rank or n)
-    r = int(rank)
-    assert basis.shape == (m, cap)
-    assert coefficients.shape == (cap, n)
-    assert r <= cap
-    assert not basis[:, r:].any()
-    assert not coefficients[r:].any()
-    q, b, x = basis[:, :r].double(), coefficients[:r].double(), a.double()
-    size = norm(x)
-    x, b = x / size, b / size
-    assert_orthonormal(q, u)
-    assert norm(b - q.mT @ x) <= 64 * u
-    rest = norm(x - q @ b)
-    if looks_left(a.dtype, tolerance, method):
-        assert abs(rest**2 - float(residual) ** 2) <= 16 * u
-    else:
-        assert abs(rest - float(residual)) <= 64 * u
-    assert abs(1 - norm(b) ** 2 - rest**2) <= 32 * u
-    error = norm(x - q @ (q.mT @ x))
-    best = tails(x)
-    assert error >= float(best[r]) * (1 - 1e-6) - 64 * u  # Eckart and Young
-    if tolerance >= FLOORS[a.dtype]:
-        within = float(residual) <= tolerance
-        assert int(status) == (CONVERGED if within else RANK_CAP)
-        assert within or r == cap
-        if within:
-            assert error <= tolerance + 64 * u
-
-    history = residuals[~residuals.isnan()]
-    assert not residuals[: len(history)].isnan().any()  # NaN only where no block ran
-    assert (history[1:] <= history[:-1] + 64 * u).all()
-    if int(status) == CONVERGED:  # no later than one block, and one more before trimming
-        passed = (history <= tolerance).nonzero()
-        if len(passed):
-            assert len(history) - 1 - int(passed[0]) <= (1 if trim else 0)
-        if not trim:
-            assert r <= len(history) * block
-            assert float(residual) == float(history[-1])
-
 
 SHAPES = [(50, 80, 16), (80, 50, 16), (37, 53, 10), (53, 37, 64), (37, 37, 12), (1, 30, 4), (30, 1, 4)]
 
