@@ -20,7 +20,7 @@ from typing import Annotated, Any
 
 import yaml
 from pretrain.command_line import merged, read_yaml, resumed, sentence
-from pretrain.errors import UserError, exit_status
+from pretrain.errors import UserError, in_sentences
 from pretrain.results.plots import plot_curves
 from pretrain.results.read import Run, runs_table
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError
@@ -146,6 +146,7 @@ def compare(comparison: Comparison, base: dict[str, Any]) -> dict[str, Path]:
     return {name: folder(name, sweep.best(), alone) for name, sweep in sweeps.items()}
 
 
+@in_sentences("stopped; the same command goes on from here")
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -166,4 +167,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(exit_status(main, "stopped; the same command goes on from here"))
+    sys.exit(main())

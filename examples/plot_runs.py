@@ -6,11 +6,12 @@ import argparse
 import sys
 from pathlib import Path
 
-from pretrain.errors import exit_status
+from pretrain.errors import in_sentences
 from pretrain.results.plots import plot_curves
 from pretrain.results.read import read_runs, runs_table
 
 
+@in_sentences("stopped")
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run")
@@ -24,4 +25,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(exit_status(main, "stopped"))
+    sys.exit(main())

@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 from pretrain.command_line import parse
-from pretrain.errors import exit_status
+from pretrain.errors import in_sentences
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 
@@ -25,6 +25,7 @@ def default_configs() -> list[Path]:
     return [CONFIGS / "llama_60m.yaml", CONFIGS / f"pretrain_{'gpu' if has_gpu() else 'cpu'}.yaml"]
 
 
+@in_sentences("stopped at once; what checkpoints there are, are whole")
 def main() -> int:
     config, resume = parse(sys.argv[1:], default_configs)
     from pretrain.run import Interrupted, run  # seconds, which --help and wrong options need not wait
@@ -39,4 +40,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(exit_status(main, "stopped at once; what checkpoints there are, are whole"))
+    sys.exit(main())
