@@ -192,8 +192,9 @@ def adaptive_range_finder(
         block: columns added at a time.
         max_rank: rank cap; None: min(m, n).
         method: ``"right_looking"`` takes every block out of a copy of A and measures what is left, right
-            to the floor of the dtype; ``"left_looking"`` only reads A and takes differences of norms, a
-            third faster and right down to tolerances of 8 sqrt(u) (2e-3 in fp32, 8.5e-8 in fp64);
+            to the floor of the dtype; ``"left_looking"`` only reads A and takes differences of norms,
+            faster at ranks well below min(m, n), and right down to tolerances of 8 sqrt(u) (2e-3 in
+            fp32, 8.4e-8 in fp64);
             ``"auto"`` takes the latter where it is right.
         sketch: ``"plain"`` or ``"half_power"`` (see `range_finder`), of what is left.
         trim: compute `extra_blocks` more, then cut to the smallest rank within the tolerance; the basis
@@ -231,7 +232,8 @@ def adaptive_range_finder(
     if nonfinite == "raise":
         _raise_nonfinite(status)
     largest = int(rank.max()) if rank.numel() else 0
-    basis, b = basis[..., :largest], b[..., :largest, :]
+    if largest < basis.shape[-1]:  # not the whole buffers, as wide as the cap
+        basis, b = basis[..., :largest].mT.contiguous().mT, b[..., :largest, :].contiguous()
     reflector = BlockReflector(basis, t[..., :largest, :largest]) if implicit else None
     explicit = None if implicit else basis
     if a.dim() > 2:
@@ -273,7 +275,7 @@ def qb(
 
 
 def svd_lowrank(
-    a: Tensor,
+    A: Tensor,
     q: int | None = None,
     niter: int = 2,
     M: Tensor | None = None,
@@ -287,10 +289,10 @@ def svd_lowrank(
     give the same result, whatever the state of torch's generator.
 
     Args:
-        a: real floating-point (..., m, n).
+        A: real floating-point (..., m, n).
         q: number of singular values; None, without a tolerance: min(6, m, n).
         niter: power steps, as torch counts them.
-        M: subtracted from `a` first, (..., m, n) or broadcasting to it.
+        M: subtracted from A first, (..., m, n) or broadcasting to it.
         tolerance: instead of q, the smallest number with ||A - U diag(S) V^T||_F <= tolerance ||A||_F;
             niter is then without use.  Of a batch the largest, with singular values 0 where fewer do.
         seed: of the test matrix.
@@ -302,8 +304,7 @@ def svd_lowrank(
         ValueError: where both q and tolerance are given; as the range finders.
         FloatingPointError: for a NaN or infinite entry.
     """
-    if M is not None:
-        a = a - M
+    a = A if M is None else A - M
     if niter < 0:
         raise ValueError(f"Invalid niter: {niter} (must not be negative)")
     if tolerance is None:
@@ -311,7 +312,7 @@ def svd_lowrank(
         if q is not None and smaller and not 1 <= q <= smaller:
             raise ValueError(f"Invalid q: {q} (must be from 1 to {smaller}, the smaller side)")
         rank = min(6, smaller) if q is None else q
-        sketch = {0: "plain"}.get(niter, "power")
+        sketch = "power" if niter else "plain"
         found = range_finder(a, rank, sketch=sketch, power=niter, nonfinite="raise", seed=seed)
     else:
         _one_of(q, tolerance, "q")

@@ -253,7 +253,7 @@ def refresh(
     projected: list[Tensor | None] = []
     for state, grad, found in zip(states, grads, bases, strict=True):
         moved = None
-        if found is not None:
+        if found is not None and bool(found[1].isfinite().all()):  # products may overflow
             moved = _unless_out_of_memory(partial(_moved, state, grad, found, options, betas))
         state.update(moved or {})
         projected.append(found[1] if found is not None and moved is not None else None)

@@ -87,10 +87,10 @@ RangeFinderBatch adaptive_range_finder_batch(const at::Tensor& a, double toleran
           options.max_rank, options.method, options.sketch, options.trim, options.extra_blocks,
           options.between, options.panel, options.implicit, options.seed, options.key, options.refresh);
   if (options.nonfinite == "raise") raise_nonfinite(status);
-  // The operator's results are as wide as the rank cap.
+  // Not the whole results of the operator, as wide as the rank cap.
   const int64_t largest = rank.numel() > 0 ? rank.max().item<int64_t>() : 0;
-  RangeFinderBatch result{.basis = basis.narrow(-1, 0, largest),
-                          .coefficients = coefficients.narrow(-2, 0, largest),
+  RangeFinderBatch result{.basis = basis.narrow(-1, 0, largest).mT().contiguous().mT(),
+                          .coefficients = coefficients.narrow(-2, 0, largest).contiguous(),
                           .rank = rank,
                           .residual = residual,
                           .residuals = residuals,

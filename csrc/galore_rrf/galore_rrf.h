@@ -47,8 +47,8 @@ struct AdaptiveRangeFinderOptions {
   // Rank cap; none: min(m, n).
   std::optional<int64_t> max_rank = std::nullopt;
   // "right_looking" takes every block out of a copy of A and so measures what is left; "left_looking" only
-  // reads A, a third faster and right down to relative tolerances of 8 sqrt(u); "auto": that where it is
-  // right.
+  // reads A, faster at ranks well below min(m, n) and right down to relative tolerances of 8 sqrt(u); "auto":
+  // that where it is right.
   std::string method = "auto";
   // "plain" or "half_power", of what is left of A.
   std::string sketch = "plain";

@@ -13,10 +13,10 @@
 
 namespace galore_rrf {
 
-// Of one matrix: checked and narrowed.
-SketchKey sketch_key(int64_t seed, int64_t key, int64_t refresh);
+// Of the first of `count` matrices, whose keys follow one another: checked and narrowed.
+SketchKey sketch_key(int64_t seed, int64_t key, int64_t refresh, int64_t count = 1);
 
-// Throws unless `a` is a matrix or a batch of them, real floating-point and not empty.
+// Throws unless `a` is a matrix or a batch of them, dense, fp32, fp64, bf16 or fp16, and not empty.
 void check_matrix(const char* op, const at::Tensor& a);
 
 inline std::string text(c10::string_view name) { return {name.data(), name.size()}; }

@@ -13,7 +13,6 @@
 #include "range_finder/adaptive.h"
 #include "range_finder/fixed_rank.h"
 #include "range_finder/product.h"
-#include "range_finder/residual.h"
 
 namespace galore_rrf {
 namespace {
@@ -129,11 +128,12 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> range_finder_op(
   TORCH_CHECK_VALUE(oversampling >= 0, "Invalid oversampling: ", oversampling, " (must not be negative)");
   TORCH_CHECK_VALUE(power >= 0, "Invalid power: ", power, " (must not be negative)");
   FixedRankOptions options{.rank = rank,
-                           .oversampling = oversampling,
+                           .oversampling = std::min(oversampling, std::min(m, n) - rank),
                            .sketch = sketch_from_name(text(sketch)),
                            .power = power,
                            .ordered = ordered,
-                           .panel = panel_from_name(text(panel))};
+                           .panel = panel_from_name(text(panel)),
+                           .measured = coefficients};
   TORCH_CHECK_VALUE((options.sketch == Sketch::warm) == warm.has_value(),
                     "sketch='warm' and a previous basis `warm` go together, got sketch='", sketch, "' and ",
                     warm.has_value() ? "a basis" : "none");
@@ -144,6 +144,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> range_finder_op(
                           warm->sizes().slice(0, warm->dim() - 2).equals(a.sizes().slice(0, a.dim() - 2)),
                       "Invalid warm: shape ", warm->sizes(), " (must be that of a basis, (..., ", m,
                       ", r), for a of shape ", a.sizes(), ")");
+    TORCH_CHECK_TYPE(at::isFloatingType(warm->scalar_type()), "Invalid warm: ", warm->scalar_type(),
+                     " (must be real floating-point)");
     TORCH_CHECK_VALUE(warm->device() == a.device(), "Invalid warm: on ", warm->device(), " (must be on ",
                       a.device(), " as a is)");
     previous = Batch(*warm).matrices;
@@ -153,20 +155,20 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> range_finder_op(
   const at::Tensor b = at::empty({batch.count(), coefficients ? rank : 0, n}, dtype);
   const at::Tensor residual = at::full({batch.count()}, kNaN, a.options().dtype(at::kDouble));
   const at::Tensor status = at::empty({batch.count()}, a.options().dtype(at::kByte));
-  const SketchKey first_key = sketch_key(seed, key, refresh);
+  const SketchKey first_key = sketch_key(seed, key, refresh, batch.count());
   batch.for_each([&](int64_t i) {
     FixedRankOptions mine = options;
     mine.key = first_key;
     mine.key.matrix += static_cast<uint32_t>(i);
     const at::Tensor matrix = batch.matrices.select(0, i), q = basis.select(0, i);
     const at::Tensor kept = b.select(0, i);
-    const auto [ended, found] =
+    const auto [ended, found, left] =
         fixed_rank_range_finder(matrix, mine, previous.defined() ? previous.select(0, i) : previous,
                                 coefficients ? kept : at::Tensor());
     status.select(0, i).fill_(static_cast<int>(ended));
     if (ended == Status::converged) {
       q.copy_(found);
-      if (coefficients) residual.select(0, i).fill_(relative_residual(matrix, q, kept));
+      residual.select(0, i).fill_(left);
       return;
     }
     q.zero_();
@@ -191,8 +193,8 @@ adaptive_range_finder_op(const at::Tensor& a, double tolerance, bool relative, i
   AdaptiveOptions options = for_shape(adaptive_options(tolerance, relative, block, max_rank, method, sketch,
                                                        trim, extra_blocks, between, panel, implicit),
                                       m, n);
-  options.key = sketch_key(seed, key, refresh);
   const Batch batch(a);
+  options.key = sketch_key(seed, key, refresh, batch.count());
   const AdaptiveBuffers out(batch, options);
   batch.for_each([&](int64_t i) {
     AdaptiveOptions mine = options;
@@ -235,8 +237,8 @@ adaptive_range_finders_op(at::TensorList matrices, double tolerance, int64_t max
     const at::Tensor& a = matrices[i];
     check_matrix("adaptive_range_finders", a);
     options.push_back(for_shape(common, a.size(-2), a.size(-1)));
-    options.back().key = sketch_key(seed, keys[i], refreshes[i]);
     batches.emplace_back(a);
+    options.back().key = sketch_key(seed, keys[i], refreshes[i], batches.back().count());
     out.emplace_back(batches.back(), options.back());
     for (int64_t j = 0; j < batches.back().count(); ++j) {
       pieces.push_back({i, j});

@@ -117,7 +117,9 @@ class Step {
         // Kept moments are read in the new basis column by column, so columns need an order that lasts.
         .ordered = refresh_.moments == Moments::keep,
         .key = {refresh_.seed, x.key, static_cast<uint32_t>(std::max<int64_t>(0, x.refresh))}};
-    const auto [status, basis] = fixed_rank_range_finder(x.grad, options, x.basis, projected);
+    const FixedRankResult found = fixed_rank_range_finder(x.grad, options, x.basis, projected);
+    const Status status = found.status;
+    const at::Tensor& basis = found.basis;
     if (status == Status::zero) {
       if (!known) return Outcome::decayed;
       projected.zero_();

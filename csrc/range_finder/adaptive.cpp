@@ -4,7 +4,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <limits>
 
 #include "range_finder/blocks.h"
 #include "range_finder/energy_order.h"
@@ -67,15 +66,10 @@ AdaptiveResult adaptive_range_finder(const at::Tensor& a, const AdaptiveOptions&
         at::zeros({m, 0}, none), at::zeros({0, n}, none), at::zeros({0, 0}, none), residual, {}, status};
   };
 
-  ScaledMatrix matrix{a, 0, squared_norm(a)};
-  if (!is_safe(matrix.squared_norm, dtype)) {
-    const double largest = largest_magnitude(a);
-    if (!std::isfinite(largest)) return ended(Status::nonfinite, std::numeric_limits<double>::quiet_NaN());
-    if (largest == 0) return ended(Status::zero, 0);
-    matrix.exponent = safe_exponent_of(largest, dtype);
-    matrix.squared_norm = squared_norm(a, matrix.exponent);
-  }
+  const ScaledMatrix matrix = scaled(a);
   const double norm2 = matrix.squared_norm;
+  if (std::isnan(norm2)) return ended(Status::nonfinite, norm2);
+  if (norm2 == 0) return ended(Status::zero, 0);
   const double tau = options.relative ? options.tolerance
                                       : std::ldexp(options.tolerance, -matrix.exponent) / std::sqrt(norm2);
   const double threshold = tau * tau * norm2;
@@ -88,9 +82,10 @@ AdaptiveResult adaptive_range_finder(const at::Tensor& a, const AdaptiveOptions&
     blocks->add(std::min(block_width(n, options), cap - blocks->rank()));
     residuals.push_back(std::sqrt(blocks->left() / norm2));
   };
-  const auto within = [&] { return blocks->left() + blocks->uncertainty() <= threshold; };
+  // Tolerance 0 is full rank, even where nothing is left before.
+  const auto within = [&] { return tau > 0 && blocks->left() + blocks->uncertainty() <= threshold; };
   while (blocks->rank() < cap && !within()) add_block();
-  const bool trimming = options.trim && threshold > 0 && within();  // tolerance 0 is full rank
+  const bool trimming = options.trim && within();
   if (trimming && blocks->rank() > 0) {
     for (int64_t i = 0; i < options.extra_blocks && blocks->rank() < cap && blocks->left() > 0; ++i) {
       add_block();
@@ -118,17 +113,18 @@ AdaptiveResult adaptive_range_finder(const at::Tensor& a, const AdaptiveOptions&
     result.basis = blocks->basis();
     result.coefficients = all;
   }
-  scale_by_power_(result.coefficients, matrix.exponent);
 
   result.residual = std::sqrt(left / norm2);
   bool kept_tolerance = left + blocks->uncertainty() <= threshold;
   if (method == Method::left_looking && result.residual < kDifferenceTells) {
     const at::Tensor q = options.implicit ? blocks->basis() : result.basis;
-    result.residual = relative_residual(a, q, result.coefficients);
+    result.residual = relative_residual(matrix, q, result.coefficients);
     if (result.rank() == blocks->rank() && !result.residuals.empty())
       result.residuals.back() = result.residual;
     kept_tolerance = result.residual <= tau;
   }
+  scale_by_power_(result.coefficients, matrix.exponent);
+
   // Below the floor nobody can tell, even where the last rows have run out and nothing seems left.
   const bool can_tell = tau >= tolerance_floor(dtype, Method::right_looking);
   result.status = kept_tolerance && can_tell             ? Status::converged

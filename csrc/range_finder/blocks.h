@@ -7,18 +7,12 @@
 
 #include "range_finder/adaptive.h"
 #include "range_finder/block_reflector.h"
+#include "range_finder/scaling.h"
 
 namespace galore_rrf {
 
 // What left-looking loses in the difference of squared norms, in units of u ||A||^2; 11 are the most seen.
 constexpr double kDifferenceUnits = 16;
-
-// 2^-exponent a, and its squared norm.
-struct ScaledMatrix {
-  at::Tensor a;
-  int exponent;
-  double squared_norm;
-};
 
 // Q (m x rank) and B = Q^T A (rank x n) of a scaled matrix A, growing.
 class Blocks {

@@ -5,11 +5,14 @@
 #include <c10/util/Exception.h>
 
 #include <algorithm>
+#include <cmath>
+#include <limits>
 
 #include "kernels.h"
 #include "range_finder/energy_order.h"
 #include "range_finder/orthonormal.h"
 #include "range_finder/product.h"
+#include "range_finder/residual.h"
 #include "range_finder/scaling.h"
 #include "range_finder/sketch.h"
 
@@ -64,12 +67,13 @@ FixedRankResult fixed_rank_range_finder(const at::Tensor& a, const FixedRankOpti
   };
 
   FixedRankOptions attempt = options;
-  at::Tensor y = Sketcher(a, attempt, warm, width)(0);
+  int exponent = 0;
+  at::Tensor y = Sketcher(a, attempt, warm, width)(exponent);
   if (!safe(y)) {
-    const double largest = largest_magnitude(a);
-    if (!std::isfinite(largest)) return {Status::nonfinite, {}};
-    if (largest == 0) return {Status::zero, {}};
-    const int exponent = safe_exponent_of(largest, compute_dtype(a));
+    const ScaledMatrix matrix = scaled(a);
+    if (std::isnan(matrix.squared_norm)) return {Status::nonfinite, {}, matrix.squared_norm};
+    if (matrix.squared_norm == 0) return {Status::zero, {}, 0};
+    exponent = matrix.exponent;
     y = Sketcher(a, attempt, warm, width)(exponent);
     if (options.sketch == Sketch::warm && !safe(y)) {
       attempt.sketch = Sketch::half_power;  // the previous basis is orthogonal to all of a
@@ -79,19 +83,21 @@ FixedRankResult fixed_rank_range_finder(const at::Tensor& a, const FixedRankOpti
 
   at::Tensor q = orthonormal_panel(y, options.panel).q;
   y.reset();
+  at::Tensor b = coefficients;
   if (width == options.rank && !options.ordered) {
-    if (coefficients.defined()) multiply_out(coefficients.mT(), a.mT(), q);
+    if (b.defined()) multiply_out(b.mT(), a.mT(), q, exponent);
   } else {
-    at::Tensor wide = coefficients;
-    if (!coefficients.defined() || width != options.rank) {
-      wide = at::empty({a.size(1), width}, q.options()).mT();
-    }
-    multiply_out(wide.mT(), a.mT(), q);
+    at::Tensor wide = b;
+    if (!b.defined() || width != options.rank) wide = at::empty({a.size(1), width}, q.options()).mT();
+    multiply_out(wide.mT(), a.mT(), q, exponent);
     const at::Tensor rotation = energy_order(wide).rotation.narrow(1, 0, options.rank);
     q = q.matmul(rotation);
-    if (coefficients.defined()) coefficients.copy_(rotation.mT().matmul(wide));
+    if (b.defined()) b.copy_(rotation.mT().matmul(wide));
   }
-  return {Status::converged, q};
+  double residual = std::numeric_limits<double>::quiet_NaN();
+  if (options.measured) residual = relative_residual({a, exponent, squared_norm(a, exponent)}, q, b);
+  if (b.defined()) scale_by_power_(b, exponent);
+  return {Status::converged, q, residual};
 }
 
 }  // namespace galore_rrf

@@ -15,12 +15,14 @@ struct FixedRankOptions {
   int64_t power = 1;     // full power steps of Sketch::power
   bool ordered = false;  // columns by descending energy; always so with oversampling
   Panel panel = Panel::householder;
+  bool measured = false;  // whether the residual is wanted, which needs the coefficients
   SketchKey key{};
 };
 
 struct FixedRankResult {
   Status status;     // converged, or zero or nonfinite: then there is no basis and nothing was written
   at::Tensor basis;  // m x rank, in the compute dtype
+  double residual;   // ||a - Q B||_F / ||a||_F where measured, else NaN; 0 of a zero matrix
 };
 
 // Finds an orthonormal basis Q of nearly the range of `a` (m x n).  `warm`: the previous basis

@@ -52,8 +52,8 @@ std::optional<PanelQR> cholesky_qr(const at::Tensor& panel) {
 }
 
 std::optional<PanelQR> gram_schmidt_qr(const at::Tensor& panel) {
-  // The reciprocals of shorter columns overflow, or in fp64 their squares vanish.
-  const double shortest = panel.scalar_type() == at::kDouble ? 1e-140 : 1e-36;
+  // The reciprocals of shorter columns overflow, or in fp64 squares vanish; those of longer ones likewise.
+  const double longest = panel.scalar_type() == at::kDouble ? 1e140 : 1e36;
   const int64_t width = panel.size(1);
   if (panel.size(0) < width) return std::nullopt;
   const at::Tensor q = panel.mT().clone(at::MemoryFormat::Contiguous).mT();
@@ -67,7 +67,7 @@ std::optional<PanelQR> gram_schmidt_qr(const at::Tensor& panel) {
       r.select(1, j).narrow(0, 0, j).add_(along);
       length = at::linalg_vector_norm(column, 2, std::nullopt, false, at::kDouble).item<double>();
     }
-    if (!(lengths[1] > shortest)) return std::nullopt;
+    if (!(lengths[1] > 1 / longest && lengths[1] < longest)) return std::nullopt;
     // Twice is enough, unless the second time took away what the first had left: then that was rounding.
     if (!(lengths[1] > 0.5 * lengths[0])) return std::nullopt;
     column.div_(lengths[1]);

@@ -48,6 +48,16 @@ double squared_norm(const at::Tensor& a, int exponent) {
   return sum;
 }
 
+ScaledMatrix scaled(const at::Tensor& a) {
+  const double norm2 = squared_norm(a);
+  if (is_safe(norm2, compute_dtype(a))) return {a, 0, norm2};
+  const double largest = largest_magnitude(a);
+  if (!std::isfinite(largest)) return {a, 0, std::numeric_limits<double>::quiet_NaN()};
+  if (largest == 0) return {a, 0, 0};
+  const int exponent = safe_exponent_of(largest, compute_dtype(a));
+  return {a, exponent, squared_norm(a, exponent)};
+}
+
 void scale_by_power_(const at::Tensor& a, int exponent) {
   if (exponent == 0) return;
   const int half = exponent / 2;

@@ -25,6 +25,14 @@ bool is_safe(double squared_norm, at::ScalarType dtype);
 // ||2^-exponent a||_F^2 in fp64 for any strides and dtype; infinite or NaN where that is not finite.
 double squared_norm(const at::Tensor& a, int exponent = 0);
 
+// 2^-exponent a, which is safe to factor, and its squared norm: 0 of a zero matrix, NaN of a non-finite one.
+struct ScaledMatrix {
+  at::Tensor a;
+  int exponent;
+  double squared_norm;
+};
+ScaledMatrix scaled(const at::Tensor& a);
+
 // a <- 2^exponent a, exact while normal; in two steps, since one factor may itself overflow.
 void scale_by_power_(const at::Tensor& a, int exponent);
 
