@@ -3,8 +3,8 @@
 //
 // Names, defaults and errors are those of the Python package.  Matrices are real floating-point, of any
 // strides, and stay unchanged; results are fp64 for fp64, else fp32.  The same arguments give the same
-// result. Nothing is differentiable.  Bad arguments throw c10::ValueError or c10::TypeError, both
-// std::exceptions.
+// result. Nothing is differentiable.  Bad arguments throw c10::ValueError or c10::TypeError,
+// a NaN that is refused c10::Error; all are std::exceptions.
 #pragma once
 
 #include <ATen/core/Tensor.h>
