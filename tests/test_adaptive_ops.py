@@ -66,7 +66,7 @@ def test_bounds_over_seeds(device, matrix, dtype, options):
     sweep(device, matrix, dtype, shapes, [0.3, 0.03, 1e-3, 1.3e-5, 0.0], 2, **options)
 
 
-@pytest.mark.parametrize("tolerance", [1e-6, 1e-8, 1e-10, 1e-12])
+@pytest.mark.parametrize("tolerance", [1e-6, 1e-8, 1e-10, 1e-12, 1e-13])
 @pytest.mark.parametrize("trim", [True, False])
 @pytest.mark.parametrize("matrix", ["exponential", "fourteen_decades", "stairs", "clustered"])
 def test_fp64_far_below_fp32(device, matrix, trim, tolerance):
