@@ -101,22 +101,21 @@ at::Tensor projected_adamw_op(at::TensorList params, at::TensorList grads, at::T
                      .coefficients = coefficients.get(i).value_or(at::Tensor())};
     check_parameter(parameters[i], i);
   }
-  const auto outcomes =
-      projected_adamw_(parameters,
-                       {.lr = lr,
-                        .beta1 = beta1,
-                        .beta2 = beta2,
-                        .eps = eps,
-                        .weight_decay = weight_decay,
-                        .scale = scale,
-                        .maximize = maximize,
-                        .arithmetic = arithmetic_from_name({arithmetic.data(), arithmetic.size()})},
-                       {.sketch = sketch_from_name({sketch.data(), sketch.size()}),
-                        .power = power,
-                        .oversampling = oversampling,
-                        .moments = moments_from_name({moments.data(), moments.size()}),
-                        .seed = static_cast<uint64_t>(seed)},
-                       seconds);
+  const auto outcomes = projected_adamw_(parameters,
+                                         {.lr = lr,
+                                          .beta1 = beta1,
+                                          .beta2 = beta2,
+                                          .eps = eps,
+                                          .weight_decay = weight_decay,
+                                          .scale = scale,
+                                          .maximize = maximize,
+                                          .arithmetic = arithmetic_from_name(text(arithmetic))},
+                                         {.sketch = sketch_from_name(text(sketch)),
+                                          .power = power,
+                                          .oversampling = oversampling,
+                                          .moments = moments_from_name(text(moments)),
+                                          .seed = static_cast<uint64_t>(seed)},
+                                         seconds);
   // The work is done below autograd, which must still see that these have changed.
   for (const at::TensorList list : {params, exp_avgs, exp_avg_sqs, bases, steps}) {
     for (const at::Tensor& t : list) {

@@ -34,11 +34,12 @@ Method chosen_method(const AdaptiveOptions& options, double tau, at::ScalarType 
   return tau >= tolerance_floor(dtype, Method::left_looking) ? Method::left_looking : Method::right_looking;
 }
 
-// The smallest rank whose discarded energy, with what no block has kept, stays within the threshold.
-int64_t trimmed_rank(const at::Tensor& energies, double left, double threshold) {
+// Cuts to the rank cap, and on to the smallest rank that leaves no more than `allowed`; adds to `left` what
+// is discarded.
+int64_t cut_rank(const at::Tensor& energies, int64_t cap, double allowed, double& left) {
   const double* energy = energies.const_data_ptr<double>();
   int64_t rank = energies.size(0);
-  while (rank > 0 && left + energy[rank - 1] <= threshold) left += energy[--rank];
+  while (rank > 0 && (rank > cap || left + energy[rank - 1] <= allowed)) left += energy[--rank];
   return rank;
 }
 
@@ -102,10 +103,8 @@ AdaptiveResult adaptive_range_finder(const at::Tensor& a, const AdaptiveOptions&
     result.coefficients = all;
   } else if (trimming || blocks->rank() > options.max_rank) {
     const EnergyOrder order = energy_order(all);
-    int64_t kept = order.energies.size(0);
-    if (trimming) kept = trimmed_rank(order.energies, left + blocks->uncertainty(), threshold);
-    kept = std::min(kept, options.max_rank);
-    left += order.energies.narrow(0, kept, order.energies.size(0) - kept).sum().item<double>();
+    const double allowed = trimming ? threshold - blocks->uncertainty() : -1;
+    const int64_t kept = cut_rank(order.energies, options.max_rank, allowed, left);
     const at::Tensor rotation = order.rotation.narrow(1, 0, kept);
     result.basis = multiply(blocks->basis(), rotation);
     result.coefficients = rotation.mT().matmul(all);

@@ -25,12 +25,12 @@ class Sketcher {
       : a_(a), options_(options), warm_(warm), width_(width) {}
 
   // Y (m x width), whose columns span nearly the range of 2^-exponent a.
-  at::Tensor operator()(int exponent) const {
-    if (options_.sketch == Sketch::half_power || options_.sketch == Sketch::warm) {
-      return multiply(a_, inner_basis_(multiply(a_.mT(), left_test_matrix(), exponent)), exponent);
+  at::Tensor operator()(Sketch sketch, int exponent) const {
+    if (sketch == Sketch::half_power || sketch == Sketch::warm) {
+      return multiply(a_, inner_basis_(multiply(a_.mT(), left_test_matrix(sketch), exponent)), exponent);
     }
     at::Tensor y = multiply(a_, test_matrix(a_, a_.size(1), width_, options_.key), exponent);
-    if (options_.sketch == Sketch::power) {
+    if (sketch == Sketch::power) {
       for (int64_t i = 0; i < options_.power; ++i) {
         y = multiply(a_, inner_basis_(multiply(a_.mT(), inner_basis_(y), exponent)), exponent);
       }
@@ -40,8 +40,8 @@ class Sketcher {
 
  private:
   // The previous basis, with Gaussian columns where it is narrower than the sketch; or those alone.
-  at::Tensor left_test_matrix() const {
-    if (options_.sketch != Sketch::warm) return test_matrix(a_, a_.size(0), width_, options_.key);
+  at::Tensor left_test_matrix(Sketch sketch) const {
+    if (sketch != Sketch::warm) return test_matrix(a_, a_.size(0), width_, options_.key);
     const int64_t known = std::min(warm_.size(1), width_);
     const at::Tensor previous = warm_.narrow(1, 0, known).to(compute_dtype(a_));
     if (known == width_) return previous;
@@ -66,18 +66,17 @@ FixedRankResult fixed_rank_range_finder(const at::Tensor& a, const FixedRankOpti
     return is_safe(kernels.squared_norm(sketch), compute_dtype(a));
   };
 
-  FixedRankOptions attempt = options;
+  const Sketcher sketcher(a, options, warm, width);
   int exponent = 0;
-  at::Tensor y = Sketcher(a, attempt, warm, width)(exponent);
+  at::Tensor y = sketcher(options.sketch, exponent);
   if (!safe(y)) {
     const ScaledMatrix matrix = scaled(a);
     if (std::isnan(matrix.squared_norm)) return {Status::nonfinite, {}, matrix.squared_norm};
     if (matrix.squared_norm == 0) return {Status::zero, {}, 0};
     exponent = matrix.exponent;
-    y = Sketcher(a, attempt, warm, width)(exponent);
+    y = sketcher(options.sketch, exponent);
     if (options.sketch == Sketch::warm && !safe(y)) {
-      attempt.sketch = Sketch::half_power;  // the previous basis is orthogonal to all of a
-      y = Sketcher(a, attempt, warm, width)(exponent);
+      y = sketcher(Sketch::half_power, exponent);  // the previous basis is orthogonal to all of a
     }
   }
 
