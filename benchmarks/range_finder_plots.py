@@ -103,18 +103,18 @@ def mixes_figure(decaying: dict[str, Tensor]) -> Figure:
     *by_method, last = figure.subplots(1, 3)
     residual: dict[int, float] = {}
     for ax, method in zip(by_method, METHODS, strict=True):
-        find = partial(adaptive_range_finder, a, 0.0, block=block, trim=False, method=method)
+        find = partial(adaptive_range_finder, a, 0.0, block=block, trim=False, sketch="plain", method=method)
         work = {
             (pair, rank): partial(find, max_rank=rank, between=pair[0], panel=pair[1])
             for rank in ranks
             for pair in colours
         }
-        ms = interleaved({str(key): run for key, run in work.items()}, 5)
+        ms = interleaved(work, 5)
         for (pair, colour), mark in zip(colours.items(), MARKS, strict=True):
             for rank in ranks:
                 found = work[pair, rank]()
                 residual[rank] = relative_error(a, found.basis, found.coefficients)
-            x = [ms[str((pair, rank))] for rank in ranks]
+            x = [ms[pair, rank] for rank in ranks]
             y = [residual[rank] for rank in ranks]
             label = f"{WORDS[pair[0]]} between, {WORDS[pair[1]]} within" if ax is by_method[0] else None
             ax.plot(x, y, mark + "-", color=colour, label=label, markersize=7)
@@ -223,11 +223,11 @@ def rank_figure(decaying: dict[str, Tensor], gradients: dict[str, Tensor]) -> Fi
     shown = {"1 / i": decaying["1 / i"], "gradient, MLP up": gradients["gradient, MLP up"]}
     tolerances = torch.logspace(-0.3, -2, 18).tolist()
     ways: dict[str, tuple[dict[str, Any], str, str]] = {
-        "untrimmed, plain": ({"trim": False}, RED, "s-"),
-        "untrimmed, half power": ({"trim": False, "sketch": "half_power"}, ORANGE, "D-"),
-        "trimmed, plain, no extra block": ({"extra_blocks": 0}, GREEN, "^-"),
-        "trimmed, plain, one extra block (default)": ({}, BLUE, "o-"),
-        "trimmed, half power, one extra block": ({"sketch": "half_power"}, PINK, "*-"),
+        "untrimmed, plain": ({"trim": False, "sketch": "plain"}, RED, "s-"),
+        "untrimmed, half power": ({"trim": False}, ORANGE, "D-"),
+        "trimmed, plain, no extra block": ({"extra_blocks": 0, "sketch": "plain"}, GREEN, "^-"),
+        "trimmed, plain, one extra block": ({"sketch": "plain"}, PINK, "*-"),
+        "trimmed, half power, one extra block (default)": ({}, BLUE, "o-"),
     }
     figure = Figure(figsize=(14, 5.6), layout="constrained")
     for i, (ax, (name, a)) in enumerate(zip(figure.subplots(1, 2), shown.items(), strict=True)):

@@ -36,7 +36,10 @@ WORDS = {
     "cholesky_qr": "Cholesky QR twice",
     "left_looking": "left",
     "right_looking": "right",
+    "plain": "plain",
+    "half_power": "half power",
 }
+FIXED = "fixed rank with coefficients"
 
 
 # --- What is evaluated in fp64 -----------------------------------------------------------------------
@@ -110,23 +113,24 @@ def fixed_rank() -> str:
 def adaptive() -> str:
     a, rank, block = decaying_gradient(*LARGE), 512, 128
     find = partial(adaptive_range_finder, a, block=block)
-    first = find(0.0, max_rank=rank, trim=False, method="right_looking")
-    tolerance = 1.001 * float(first.residual)
-    work: dict[str, Callable[[], object]] = {
-        "fixed rank with coefficients": partial(range_finder, a, rank, sketch="plain")
-    }
-    ranks = {"fixed rank with coefficients": rank}
-    for trim, method in product((False, True), METHODS):
-        name = f"{WORDS[method]}-looking, {'trimmed' if trim else 'untrimmed'}"
-        work[name] = partial(find, tolerance, method=method, trim=trim)
-        ranks[name] = int(find(tolerance, method=method, trim=trim).rank)
+    work: dict[tuple[str, str], Callable[[], object]] = {}
+    ranks: dict[tuple[str, str], int] = {}
+    for sketch in ("plain", "half_power"):
+        first = find(0.0, sketch=sketch, max_rank=rank, trim=False, method="right_looking")
+        tolerance = 1.001 * float(first.residual)
+        work[sketch, FIXED] = partial(range_finder, a, rank, sketch=sketch)
+        ranks[sketch, FIXED] = rank
+        for trim, method in product((False, True), METHODS):
+            name = f"{WORDS[method]}-looking, {'trimmed' if trim else 'untrimmed'}"
+            work[sketch, name] = partial(find, tolerance, sketch=sketch, method=method, trim=trim)
+            ranks[sketch, name] = int(find(tolerance, sketch=sketch, method=method, trim=trim).rank)
     ms = interleaved(work, 11)
     reach = {"left-looking, untrimmed": "<= 1.3", "right-looking, untrimmed": "<= 2"}
-    base = ms["fixed rank with coefficients"]
-    rows: list[tuple[str, ...]] = [
-        (name, str(ranks[name]), f"{t:.0f}", f"{t / base:.2f}", reach.get(name, "")) for name, t in ms.items()
-    ]
-    return table((f"{size(a)}, b = {block}", "rank", "ms", "ratio", "reach"), rows)
+    rows: list[tuple[str, ...]] = []
+    for (sketch, name), t in ms.items():
+        ratio = f"{t / ms[sketch, FIXED]:.2f}"
+        rows.append((WORDS[sketch], name, str(ranks[sketch, name]), f"{t:.0f}", ratio, reach.get(name, "")))
+    return table((f"{size(a)}, b = {block}", "", "rank", "ms", "ratio", "reach"), rows)
 
 
 def errors(samples: dict[str, Tensor], seeds: int = 5) -> str:
@@ -180,6 +184,7 @@ def full_rank(side: int = 1024) -> str:
     work: dict[str, Callable[[], object]] = {
         "torch.linalg.qr, Q formed": partial(torch.linalg.qr, a),
         "tolerance 0, the defaults (b = 64)": find,
+        "tolerance 0, plain": partial(find, sketch="plain"),
         "tolerance 0, b = 128": partial(find, block=128),
         "tolerance 0, b = 128, implicit": partial(find, block=128, trim=False, implicit=True),
         "tolerance 0, b = 128, left-looking": partial(find, block=128, method="left_looking"),
@@ -205,13 +210,14 @@ def mixes(samples: dict[str, Tensor]) -> str:
             block=128,
             max_rank=512,
             trim=False,
+            sketch="plain",
             method=pair[0],
             between=pair[1],
             panel=pair[2],
         )
         for pair in pairs
     }
-    ms = interleaved({str(pair): run for pair, run in work.items()}, 7)
+    ms = interleaved(work, 7)
     rows: list[tuple[str, ...]] = []
     for pair in pairs:
         method, between, panel = pair
@@ -226,8 +232,8 @@ def mixes(samples: dict[str, Tensor]) -> str:
             over = max(over, true / wished)
             off = max(off, abs(true - float(found.residual)) / UNIT)
             lost = max(lost, orthogonality(found.basis))
-        time = ms[str(pair)]
-        ratio = time / ms[str((method, "householder", "householder"))]
+        time = ms[pair]
+        ratio = time / ms[method, "householder", "householder"]
         numbers = f"{time:.0f}", f"{ratio:.2f}", f"{over:.3f}", f"{off:.1f}", f"{lost:.2f}"
         rows.append((WORDS[method], WORDS[between], WORDS[panel], *numbers))
     header = ("looking", "between blocks", "within a panel", "ms", "ratio", "residual / tolerance")

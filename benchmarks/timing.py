@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
+from typing import TypeVar
+
+K = TypeVar("K", bound=Hashable)
 
 
-def interleaved(work: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+def interleaved(work: Mapping[K, Callable[[], object]], rounds: int) -> dict[K, float]:
     """Median milliseconds of each piece of work over `rounds` rounds of all of them, after one unmeasured."""
-    times: dict[str, list[float]] = {name: [] for name in work}
+    times: dict[K, list[float]] = {name: [] for name in work}
     for round_ in range(rounds + 1):
         for name, run in work.items():
             start = time.perf_counter()

@@ -5,9 +5,19 @@
 #include <ATen/core/Tensor.h>
 
 #include "math/adam.h"
+#include "math/dynamic_code.h"
 #include "math/normal.h"
 
 namespace galore_rrf {
+
+// A moment as it is kept: in fp64, fp32 or bf16, or as 8-bit codes (math/dynamic_code.h) with the largest
+// magnitude of every 256 entries, in memory order, in `scale` (fp32; else undefined or empty).
+struct StoredMoment {
+  at::Tensor values, scale;
+};
+
+// Which of the two codes: exp_avg_sq is never negative.
+enum class MomentKind { exp_avg, exp_avg_sq };
 
 struct Kernels {
   // out[i, j] <- normal number (row_offset + i, col_offset + j) of the test matrix; out is rows x cols,
@@ -20,9 +30,14 @@ struct Kernels {
   // Whether every entry of a dense fp32 or fp64 tensor is finite.
   bool (*all_finite)(const at::Tensor& a);
 
-  // The Adam element over three dense tensors of one layout: the projected gradient becomes the direction.
-  void (*adam)(const at::Tensor& projected, const at::Tensor& exp_avg, const at::Tensor& exp_avg_sq,
+  // The Adam element over three dense tensors of one layout: the gradient (fp32 or fp64) becomes the
+  // direction.
+  void (*adam)(const at::Tensor& gradient, const StoredMoment& exp_avg, const StoredMoment& exp_avg_sq,
                const AdamElement<double>& element);
+
+  // Between a stored moment and an fp32 or fp64 tensor, dense and of its layout.
+  void (*load_moment)(const at::Tensor& out, const StoredMoment& moment, MomentKind kind);
+  void (*store_moment)(const StoredMoment& moment, const at::Tensor& in, MomentKind kind);
 
   // out[i, :] <- a[order[i], :], both fp32 or fp64 with columns in one piece each; order int64.
   void (*gather_rows)(const at::Tensor& out, const at::Tensor& a, const at::Tensor& order);

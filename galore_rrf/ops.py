@@ -102,7 +102,7 @@ def adaptive_range_finder(
     block: int = 64,
     max_rank: int | None = None,
     method: str = "auto",
-    sketch: str = "plain",
+    sketch: str = "half_power",
     trim: bool = True,
     extra_blocks: int = 1,
     between: str = "householder",
@@ -147,7 +147,7 @@ def adaptive_range_finders(
     *,
     block: int = 64,
     method: str = "auto",
-    sketch: str = "plain",
+    sketch: str = "half_power",
     seed: int = 0,
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
     """Adaptive range finders of many matrices or stacks (m x n, e x m x n; of any shapes) in one call.
@@ -232,6 +232,8 @@ def projected_adamw_(
     keys: Sequence[int],
     refreshes: Sequence[int],
     refresh_seconds: Tensor | None = None,
+    exp_avg_scales: Sequence[Tensor] | None = None,
+    exp_avg_sq_scales: Sequence[Tensor] | None = None,
     *,
     lr: float,
     beta1: float,
@@ -240,6 +242,7 @@ def projected_adamw_(
     weight_decay: float,
     scale: float,
     maximize: bool = False,
+    correct_bias: bool = True,
     arithmetic: str = "torch",
     sketch: str = "warm",
     power: int = 1,
@@ -257,9 +260,12 @@ def projected_adamw_(
         N = (M / (1 - b1^t)) / (sqrt(V / (1 - b2^t)) + eps)
         W <- (1 - lr wd) W - lr scale (N Q^T or Q N)
 
-    ``arithmetic="galore_torch"`` adds eps to the uncorrected root and decays last, as that package does.
-    Moments (shape of R, contiguous) are fp64 for fp64 weights, else fp32; `bases` of any floating dtype;
-    `steps` scalars on the CPU.  A basis of zeros means none yet: such a matrix is refreshed at once.
+    ``arithmetic="galore_torch"`` adds eps to the uncorrected root and decays last, as that package does;
+    ``"bitsandbytes"`` decays last.  ``correct_bias=False`` leaves the divisions by 1 - b^t out.
+    All is computed in fp64 for fp64 weights, else in fp32.  Moments (shape of R, contiguous) are of that
+    dtype, fp32, bf16, or uint8 codes whose scales (`quantize_moment`) stand in `exp_avg_scales` and
+    `exp_avg_sq_scales`, which are empty tensors elsewhere.  `bases` are of any floating dtype, `steps`
+    scalars on the CPU.  A basis of zeros means none yet: such a matrix is refreshed at once.
     `coefficients[i]`: R from a refresh made elsewhere, whose basis is in `bases` already.
     `keys[i]`: the matrix id of the test matrix, of a stack's first.
     `refresh_seconds` (fp64, one number a parameter, on the CPU): the wall-clock time of each parameter's
@@ -274,6 +280,8 @@ def projected_adamw_(
         grads,
         exp_avgs,
         exp_avg_sqs,
+        _uncoded(params) if exp_avg_scales is None else exp_avg_scales,
+        _uncoded(params) if exp_avg_sq_scales is None else exp_avg_sq_scales,
         bases,
         steps,
         coefficients,
@@ -288,6 +296,7 @@ def projected_adamw_(
         weight_decay=weight_decay,
         scale=scale,
         maximize=maximize,
+        correct_bias=correct_bias,
         arithmetic=arithmetic,
         sketch=sketch,
         power=power,
@@ -295,6 +304,71 @@ def projected_adamw_(
         moments=moments,
         seed=seed,
     )
+
+
+def _uncoded(params: Sequence[Tensor]) -> list[Tensor]:
+    return [torch.empty(0) for _ in params]
+
+
+def adamw_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    steps: Sequence[Tensor],
+    exp_avg_scales: Sequence[Tensor] | None = None,
+    exp_avg_sq_scales: Sequence[Tensor] | None = None,
+    *,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    maximize: bool = False,
+    correct_bias: bool = True,
+    arithmetic: str = "torch",
+) -> None:
+    """One AdamW step of parameters that are not projected, in place, in one call.
+
+    Serves what torch's own does not: moments of another dtype than the weight's, or 8-bit, and other
+    arithmetics.  All tensors contiguous; the rest as in `projected_adamw_`, but that 8-bit codes have one
+    run of blocks whatever the shape.  Gradients that are not finite go into weights and moments, as in torch.
+    """
+    _ops.adamw_(
+        params,
+        grads,
+        exp_avgs,
+        exp_avg_sqs,
+        _uncoded(params) if exp_avg_scales is None else exp_avg_scales,
+        _uncoded(params) if exp_avg_sq_scales is None else exp_avg_sq_scales,
+        steps,
+        lr=lr,
+        beta1=beta1,
+        beta2=beta2,
+        eps=eps,
+        weight_decay=weight_decay,
+        maximize=maximize,
+        correct_bias=correct_bias,
+        arithmetic=arithmetic,
+    )
+
+
+def quantize_moment(moment: Tensor, is_signed: bool) -> tuple[Tensor, Tensor]:
+    """8-bit codes of a moment, uint8 of its shape, and the largest magnitude of every 256 entries, fp32.
+
+    Dynamic codes (Dettmers et al. 2022); not `is_signed` for the second moment, which is not negative.
+    Blocks run over the entries in row-major order, of a stack (e, m, n) matrix by matrix: the scale is (blocks,)
+    or (e, blocks).  A block with a NaN or infinite entry is lost as a whole.
+    """
+    codes, scale = _ops.quantize_moment(moment, is_signed)
+    return codes, scale
+
+
+def dequantize_moment(codes: Tensor, scale: Tensor, is_signed: bool) -> Tensor:
+    """The fp32 moment that `quantize_moment` has coded: each entry to .36% of its block's largest (.71% if
+    signed), those under a tenth of that to a fifth of this, and so on down to a millionth."""
+    moment: Tensor = _ops.dequantize_moment(codes, scale, is_signed)
+    return moment
 
 
 def rotate_moments(
@@ -364,7 +438,7 @@ def _(
     *,
     block: int = 64,
     max_rank: int | None = None,
-    sketch: str = "plain",
+    sketch: str = "half_power",
     trim: bool = True,
     extra_blocks: int = 1,
     implicit: bool = False,
@@ -438,6 +512,26 @@ def _(basis: Tensor, coefficients: Tensor) -> tuple[Tensor, ...]:
 @torch.library.register_fake("galore_rrf::projected_adamw_")
 def _(params: Sequence[Tensor], *_: Any, **__: Any) -> Tensor:
     return torch.empty(len(params), dtype=torch.uint8)
+
+
+@torch.library.register_fake("galore_rrf::adamw_")
+def _(*_: Any, **__: Any) -> None:
+    return None
+
+
+@torch.library.register_fake("galore_rrf::quantize_moment")
+def _(moment: Tensor, is_signed: bool) -> tuple[Tensor, Tensor]:
+    shape = moment.shape
+    stack = shape[:1] if len(shape) == 3 else ()
+    blocks = (moment[0] if stack else moment).numel() + 255
+    return moment.new_empty(shape, dtype=torch.uint8), moment.new_empty(
+        (*stack, blocks // 256), dtype=torch.float32
+    )
+
+
+@torch.library.register_fake("galore_rrf::dequantize_moment")
+def _(codes: Tensor, scale: Tensor, is_signed: bool) -> Tensor:
+    return scale.new_empty(codes.shape)
 
 
 @torch.library.register_fake("galore_rrf::rotate_moments")

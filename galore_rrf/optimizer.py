@@ -14,13 +14,14 @@ from torch.optim.adamw import AdamW, adamw
 from torch.optim.optimizer import _use_grad_for_differentiable
 from typing_extensions import Unpack
 
-from galore_rrf import checkpoint, ops
+from galore_rrf import checkpoint, moments, ops
 from galore_rrf.param_groups import with_rank
 from galore_rrf.subspace import (
     SCHEMA_VERSION,
     SubspaceKeys,
     SubspaceOptions,
     as_matrices,
+    compute_dtype,
     is_projected,
     matrix_count,
     new_state,
@@ -28,6 +29,7 @@ from galore_rrf.subspace import (
     refresh_due,
     refreshed_in_step,
     resolve,
+    zero_moments,
 )
 
 _SKIPPED, _REFRESHED = 0, 2  # outcomes of ops.projected_adamw_
@@ -38,9 +40,10 @@ class GaLoreAdamW(AdamW):
     """AdamW with its moments in a low-rank subspace of each gradient matrix (GaLore, arXiv 2403.03507).
 
     Takes the place of `torch.optim.AdamW`: the same arguments, defaults and errors.  Groups without `rank`
-    are plain AdamW, computed by torch itself.  In a group with `rank`, parameters with two dimensions (and
-    stacks, (e, m, n); convolutions unfolded to (out, rest)) whose shorter side exceeds it are projected;
-    a randomized range finder finds their subspace every `update_proj_gap` steps.
+    are plain AdamW, computed by torch itself unless `state_dtype` or `arithmetic` ask for what it has not.
+    In a group with `rank`, parameters with two dimensions (and stacks, (e, m, n); convolutions unfolded to
+    (out, rest)) whose shorter side exceeds it are projected; a randomized range finder finds their subspace
+    every `update_proj_gap` steps.
 
     Args:
         params: as of any torch optimizer.  With `rank` here, named parameters follow the rule of
@@ -126,24 +129,69 @@ class GaLoreAdamW(AdamW):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        work = [(group, SubspaceOptions.of(group), *_split(group)) for group in self.param_groups]
+        work = [
+            (group, options, *_split(group, options))
+            for group, options in ((group, SubspaceOptions.of(group)) for group in self.param_groups)
+        ]
         # With ``fused=True`` GradScaler leaves unscaling and skipping to the optimizer; torch's plain path does both.
         found_inf, grad_scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
         skip = found_inf is not None and bool(found_inf)
         if not skip:
-            for group, options, projected, _ in work:
-                _check_gradients(group, options, projected)
-        for group, options, projected, plain in work:
-            self._plain_step(group, plain)
-            if projected and not skip:
-                if grad_scale is not None:
-                    for p in projected:
-                        _grad(p).div_(grad_scale)
+            for group, options, projected, own, _ in work:
+                _check_gradients(group, projected + own)
+                if options.nonfinite == "raise":
+                    _check_finite(group, projected)
+        for group, options, projected, own, others in work:
+            self._torch_step(group, others)
+            if skip:
+                continue
+            if grad_scale is not None:
+                for p in own + projected:
+                    _grad(p).div_(grad_scale)
+            if own:
+                self._plain_step(group, options, own)
+            if projected:
                 with torch.autocast(projected[0].device.type, enabled=False):
                     self._projected_step(group, options, projected)
         return loss
 
-    def _plain_step(self, group: dict[str, Any], params: list[Tensor]) -> None:
+    @torch.no_grad()
+    def _plain_step(self, group: dict[str, Any], options: SubspaceOptions, params: list[Tensor]) -> None:
+        """AdamW with moments or an arithmetic that torch's own does not have."""
+        for p in params:
+            if not self.state[p]:
+                self.state[p].update(
+                    step=torch.zeros((), dtype=torch.float32),
+                    **{
+                        key: value if key in moments.SCALES else value.view(p.shape)
+                        for key, value in zero_moments(p, (p.numel(),), options.state_dtype).items()
+                    },
+                )
+        states = [self.state[p] for p in params]
+        weights = [p.contiguous() for p in params]
+        beta1, beta2 = group["betas"]
+        ops.adamw_(
+            weights,
+            [_grad(p).contiguous() for p in params],
+            [state["exp_avg"] for state in states],
+            [state["exp_avg_sq"] for state in states],
+            [state["step"] for state in states],
+            [moments.scale(state, "exp_avg") for state in states],
+            [moments.scale(state, "exp_avg_sq") for state in states],
+            lr=float(group["lr"]),
+            beta1=float(beta1),
+            beta2=float(beta2),
+            eps=group["eps"],
+            weight_decay=group["weight_decay"],
+            maximize=group["maximize"],
+            correct_bias=group.get("correct_bias", True),
+            arithmetic=options.arithmetic,
+        )
+        for p, weight in zip(params, weights, strict=True):
+            if weight is not p:
+                p.copy_(weight)
+
+    def _torch_step(self, group: dict[str, Any], params: list[Tensor]) -> None:
         """torch's own AdamW."""
         with_grad: list[Tensor] = []
         grads: list[Tensor] = []
@@ -238,6 +286,7 @@ class GaLoreAdamW(AdamW):
             weight_decay=group["weight_decay"],
             scale=options.scale,
             maximize=group["maximize"],
+            correct_bias=group.get("correct_bias", True),
             arithmetic=options.arithmetic,
             sketch=options.sketch,
             power=options.power,
@@ -245,6 +294,8 @@ class GaLoreAdamW(AdamW):
             moments=options.moments,
             seed=options.seed,
             refresh_seconds=seconds,
+            exp_avg_scales=[moments.scale(state, "exp_avg") for state in states],
+            exp_avg_sq_scales=[moments.scale(state, "exp_avg_sq") for state in states],
         ).tolist()
         self._refresh_seconds += float(seconds.sum())
         for p, weight, state, step, outcome in zip(params, weights, states, taken, outcomes, strict=True):
@@ -269,18 +320,19 @@ class GaLoreAdamW(AdamW):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a state dict of this class or, for plain groups, of `torch.optim.AdamW`.
 
-        Raises ValueError naming the parameter where the state does not fit it; the optimizer is then as it
-        was.  The state may have any rank; moments stay in fp32 whatever the dtype of the weights.
+        The state may have any rank; moments are kept as the groups say, whatever the dtype of the weights.
+        For others' state dicts see `galore_rrf.checkpoint`.
+        Raises ValueError naming the parameter where the state does not fit it; the optimizer is then as it was.
         """
-        projected: list[tuple[Tensor, dict[str, Any]]] = []
+        states: list[tuple[Tensor, dict[str, Any]]] = []
 
         def validate(_: Any, loaded: dict[str, Any]) -> dict[str, Any]:
             checkpoint.check_sizes(self.param_groups, loaded["param_groups"])
             groups = checkpoint.completed_groups(self.param_groups, loaded["param_groups"])
-            projected.extend(checkpoint.projected_states(self.param_groups, groups, loaded["state"]))
+            states.extend(checkpoint.checked_states(self.param_groups, groups, loaded["state"]))
             return {**loaded, "param_groups": groups}
 
-        self._loading = projected
+        self._loading = states
         handle = self.register_load_state_dict_pre_hook(validate)  # after the user's
         try:
             super().load_state_dict(state_dict)
@@ -303,19 +355,32 @@ def _did_you_mean(key: str) -> str:
 
 def _check_group(group: dict[str, Any]) -> None:
     """Raises for what makes no sense together, warns of what does harm."""
-    if group["rank"] is None:
+    reason = "rank, which is projected" if group["rank"] is not None else None
+    for key in ("state_dtype", "arithmetic"):
+        if reason is None and group[key] != getattr(SubspaceOptions, key):
+            reason = f"{key}={group[key]!r}"
+    if reason is None:
         return
     for name in ("amsgrad", "differentiable"):
         if group[name]:
-            raise ValueError(f"Invalid {name}: True (must be False in a group with rank, which is projected)")
+            raise ValueError(f"Invalid {name}: True (must be False in a group with {reason})")
     params = group["params"]
+    options = SubspaceOptions.of(group)
+    names: dict[Tensor, str] = {}
     for i, item in enumerate([params] if isinstance(params, Tensor) else params):
         p = item[1] if isinstance(item, tuple) else item
-        if isinstance(p, Tensor) and is_projected(p, group["rank"]) and not p.is_floating_point():
-            name = item[0] if isinstance(item, tuple) else f"parameter {i}"
+        if not isinstance(p, Tensor) or not (is_projected(p, group["rank"]) or _is_ours(p, options)):
+            continue
+        name = item[0] if isinstance(item, tuple) else f"parameter {i}"
+        if not p.is_floating_point():
             raise TypeError(
-                f"Invalid dtype of {name}: {p.dtype} (projected parameters must be real floating-point)"
+                f"Invalid dtype of {name}: {p.dtype} (must be real floating-point in a group with {reason})"
             )
+        if p in names:  # a matrix a thread: they would write over each other
+            raise ValueError(f"{name} is {names[p]} again (a group with {reason} may hold a matrix once)")
+        names[p] = name
+    if group["rank"] is None:
+        return
     if group["moments"] == "keep" and group["update_proj_gap"] < _OFTEN and group["tolerance"] is None:
         warnings.warn(
             f"moments='keep' with a new subspace every {group['update_proj_gap']} steps ruins training: "
@@ -324,24 +389,44 @@ def _check_group(group: dict[str, Any]) -> None:
         )
 
 
+def _is_ours(p: Tensor, options: SubspaceOptions) -> bool:
+    """Whether the step of a plain parameter is not one that torch's own AdamW can take."""
+    if options.arithmetic != "torch":
+        return True
+    dtype = options.state_dtype
+    return dtype is not None and moments.kept_dtype(p.numel(), dtype, compute_dtype(p)) != p.dtype
+
+
 def _grad(p: Tensor) -> Tensor:
     assert p.grad is not None
     return p.grad
 
 
-def _split(group: dict[str, Any]) -> tuple[list[Tensor], list[Tensor]]:
-    """The group's parameters with gradients that are projected, and all its plain ones."""
-    projected = [p for p in group["params"] if is_projected(p, group["rank"])]
-    chosen = set(projected)
-    return [p for p in projected if p.grad is not None], [p for p in group["params"] if p not in chosen]
+def _split(
+    group: dict[str, Any], options: SubspaceOptions
+) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """The group's parameters with gradients that are projected, the plain ones that torch's AdamW cannot
+    step, and those that it can."""
+    projected: list[Tensor] = []
+    own: list[Tensor] = []
+    others: list[Tensor] = []
+    for p in group["params"]:
+        if p.grad is not None:
+            kind = projected if is_projected(p, options.rank) else own if _is_ours(p, options) else others
+            kind.append(p)
+    return projected, own, others
 
 
-def _check_gradients(group: dict[str, Any], options: SubspaceOptions, params: Iterable[Tensor]) -> None:
-    """Raises for gradients that no step can be taken with, before anything is written."""
+def _names(group: dict[str, Any], params: Iterable[Tensor]) -> Iterator[tuple[str, Tensor]]:
     names = dict(zip(group["params"], group.get("param_names", ()), strict=False))
     for p in params:
+        yield names.get(p, f"a parameter of shape {tuple(p.shape)}"), p
+
+
+def _check_gradients(group: dict[str, Any], params: Iterable[Tensor]) -> None:
+    """Raises for gradients that no step can be taken with, before anything is written."""
+    for name, p in _names(group, params):
         grad = _grad(p)
-        name = names.get(p, f"a parameter of shape {tuple(p.shape)}")
         if grad.layout != torch.strided:
             raise RuntimeError(
                 f"GaLoreAdamW does not support sparse gradients, and that of {name} is {grad.layout}"
@@ -351,7 +436,9 @@ def _check_gradients(group: dict[str, Any], options: SubspaceOptions, params: It
                 f"the gradient of {name} is {tuple(grad.shape)} {grad.dtype} on {grad.device}, "
                 f"the parameter {tuple(p.shape)} {p.dtype} on {p.device} (they must agree)"
             )
-        if options.nonfinite == "raise":
-            largest = torch.linalg.vector_norm(grad, float("inf"))
-            if not bool(torch.isfinite(largest)):
-                raise FloatingPointError(f"the gradient of {name} is not finite (nothing was written)")
+
+
+def _check_finite(group: dict[str, Any], params: Iterable[Tensor]) -> None:
+    for name, p in _names(group, params):
+        if not bool(torch.isfinite(torch.linalg.vector_norm(_grad(p), float("inf")))):
+            raise FloatingPointError(f"the gradient of {name} is not finite (nothing was written)")

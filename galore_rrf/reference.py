@@ -283,7 +283,7 @@ def adaptive_range_finder(
     block: int = 64,
     max_rank: int | None = None,
     method: str = "auto",
-    sketch: str = "plain",
+    sketch: str = "half_power",
     trim: bool = True,
     extra_blocks: int = 1,
     between: str = "householder",
@@ -341,7 +341,7 @@ def adaptive_range_finders(
     *,
     block: int = 64,
     method: str = "auto",
-    sketch: str = "plain",
+    sketch: str = "half_power",
     seed: int = 0,
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
     """Adaptive range finders of many matrices or stacks."""
@@ -424,6 +424,131 @@ def rotate_moments(
     return new_m * bias_correction1, new_v * bias_correction2
 
 
+def dynamic_code(is_signed: bool) -> Tensor:
+    """The 256 values of the 8-bit codes, ascending (Dettmers et al. 2022): in each of seven decades below 1 the
+    middles of equal parts, twice as many as in the decade before; 0 and 1."""
+    positive = [torch.zeros(1, dtype=torch.float64)]
+    for k in range(7):
+        edges = torch.linspace(0.1, 1, 2 ** (k if is_signed else k + 1) + 1, dtype=torch.float64)
+        positive.append(10.0 ** (k - 6) * (edges[:-1] + edges[1:]) / 2)
+    positive.append(torch.ones(1, dtype=torch.float64))
+    values = torch.cat(positive)
+    return torch.cat((-values[1:-1].flip(0), values)).float() if is_signed else values.float()
+
+
+def quantize_moment(moment: Tensor, is_signed: bool) -> tuple[Tensor, Tensor]:
+    """The nearest codes of entries over the largest magnitude of their block of 256, and those magnitudes."""
+    pieces = moment.flatten(1) if moment.dim() == 3 else moment.reshape(1, -1)
+    padded = torch.nn.functional.pad(pieces.float(), (0, -pieces.shape[1] % 256)).unflatten(1, (-1, 256))
+    scale = padded.abs().amax(-1)
+    relative = padded / torch.where(scale == 0, 1, scale).unsqueeze(-1)
+    code = dynamic_code(is_signed)
+    codes = torch.bucketize(relative, (code[1:] + code[:-1]) / 2).to(torch.uint8)
+    codes = codes.flatten(1)[:, : pieces.shape[1]].reshape(moment.shape)
+    return codes, scale if moment.dim() == 3 else scale[0]
+
+
+def dequantize_moment(codes: Tensor, scale: Tensor, is_signed: bool) -> Tensor:
+    """The values of the codes, times the scale of their block."""
+    pieces = codes.flatten(1) if codes.dim() == 3 else codes.reshape(1, -1)
+    scales = scale.reshape(len(pieces), -1).repeat_interleave(256, dim=1)[:, : pieces.shape[1]]
+    return (dynamic_code(is_signed)[pieces.long()] * scales).reshape(codes.shape)
+
+
+class _Stored:
+    """Both moments of a parameter as they are computed with, and the way back to how they are kept."""
+
+    def __init__(
+        self, mean: Tensor, square: Tensor, scales: tuple[Tensor | None, Tensor | None], dtype: torch.dtype
+    ) -> None:
+        self.kept = [(mean, scales[0], True), (square, scales[1], False)]
+        self.mean, self.square = (
+            values.to(dtype) if scale is None else dequantize_moment(values, scale, is_signed).to(dtype)
+            for values, scale, is_signed in self.kept
+        )
+
+    def write(self) -> None:
+        for (values, scale, is_signed), moment in zip(self.kept, (self.mean, self.square), strict=True):
+            if scale is None:
+                values.copy_(moment)
+            else:
+                codes, new_scale = quantize_moment(moment, is_signed)
+                values.copy_(codes)
+                scale.copy_(new_scale)
+
+
+def _scales(
+    values: Tensor, i: int, lists: tuple[Sequence[Tensor] | None, Sequence[Tensor] | None]
+) -> tuple[Tensor | None, Tensor | None]:
+    """Of parameter i, where its moments are coded."""
+    first, second = (None if scales is None or values.dtype != torch.uint8 else scales[i] for scales in lists)
+    return first, second
+
+
+def _direction(
+    r: Tensor,
+    m: Tensor,
+    v: Tensor,
+    t: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    maximize: bool,
+    correct_bias: bool,
+    arithmetic: str,
+) -> Tensor:
+    """Moves the moments by a gradient and returns what Adam makes of them at step t."""
+    r = -r if maximize else r
+    m.copy_(beta1 * m + (1 - beta1) * r)
+    v.copy_(beta2 * v + (1 - beta2) * r * r)
+    correction1, correction2 = (1 - beta1**t, 1 - beta2**t) if correct_bias else (1.0, 1.0)
+    if arithmetic == "galore_torch":  # eps beside the uncorrected root
+        return m * (math.sqrt(correction2) / correction1) / (v.sqrt() + eps)
+    return (m / correction1) / ((v / correction2).sqrt() + eps)
+
+
+def _decay_and_update(w: Tensor, update: Tensor, decay: float, arithmetic: str) -> None:
+    if arithmetic == "torch":
+        w.copy_(decay * w.to(update.dtype) - update)
+    else:  # decay last
+        w.copy_(decay * (w.to(update.dtype) - update))
+
+
+def adamw_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    steps: Sequence[Tensor],
+    exp_avg_scales: Sequence[Tensor] | None = None,
+    exp_avg_sq_scales: Sequence[Tensor] | None = None,
+    *,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    maximize: bool = False,
+    correct_bias: bool = True,
+    arithmetic: str = "torch",
+) -> None:
+    """One AdamW step (Loshchilov and Hutter 2019), in place."""
+    for i, w in enumerate(params):
+        stored = _Stored(
+            exp_avgs[i].view(-1),
+            exp_avg_sqs[i].view(-1),
+            _scales(exp_avgs[i], i, (exp_avg_scales, exp_avg_sq_scales)),
+            _compute_dtype(w),
+        )
+        t = float(steps[i].add_(1))
+        g = grads[i].to(stored.mean.dtype).reshape(-1)
+        n = _direction(
+            g, stored.mean, stored.square, t, beta1, beta2, eps, maximize, correct_bias, arithmetic
+        )
+        _decay_and_update(w, lr * n.view(w.shape), 1 - lr * weight_decay, arithmetic)
+        stored.write()
+
+
 def projected_adamw_(
     params: Sequence[Tensor],
     grads: Sequence[Tensor],
@@ -435,6 +560,8 @@ def projected_adamw_(
     sides: Sequence[int],
     keys: Sequence[int],
     refreshes: Sequence[int],
+    exp_avg_scales: Sequence[Tensor] | None = None,
+    exp_avg_sq_scales: Sequence[Tensor] | None = None,
     *,
     lr: float,
     beta1: float,
@@ -443,6 +570,7 @@ def projected_adamw_(
     weight_decay: float,
     scale: float,
     maximize: bool = False,
+    correct_bias: bool = True,
     arithmetic: str = "torch",
     sketch: str = "warm",
     power: int = 1,
@@ -471,7 +599,7 @@ def projected_adamw_(
         tensors: Sequence[Tensor], given: Tensor | None, t: float, side: int, key: int, refresh: int
     ) -> int:
         w, g, m, v, q = tensors
-        dtype = m.dtype
+        dtype = _compute_dtype(w)
         known = bool(q.any())
         new_q, outcome = None, STEPPED
         if given is not None:  # of a refresh made elsewhere
@@ -498,20 +626,9 @@ def projected_adamw_(
                 v.copy_(rotated[1])
             q.copy_(new_q)
 
-        t += 1
-        r = -r if maximize else r
-        m.copy_(beta1 * m + (1 - beta1) * r)
-        v.copy_(beta2 * v + (1 - beta2) * r * r)
-        correction1, correction2 = 1 - beta1**t, 1 - beta2**t
-        if arithmetic == "torch":
-            n = (m / correction1) / ((v / correction2).sqrt() + eps)
-        else:  # galore_torch: eps beside the uncorrected root
-            n = m * (math.sqrt(correction2) / correction1) / (v.sqrt() + eps)
+        n = _direction(r, m, v, t + 1, beta1, beta2, eps, maximize, correct_bias, arithmetic)
         update = lr * scale * (n @ q.to(dtype).mT if side == 0 else q.to(dtype) @ n)
-        if arithmetic == "torch":
-            w.copy_(decay * w.to(dtype) - update)
-        else:  # decay last
-            w.copy_(decay * (w.to(dtype) - update))
+        _decay_and_update(w, update, decay, arithmetic)
         return outcome
 
     def matrices(x: Tensor) -> list[Tensor]:
@@ -519,8 +636,14 @@ def projected_adamw_(
 
     result = []
     for i, param in enumerate(params):
+        stored = _Stored(
+            exp_avgs[i],
+            exp_avg_sqs[i],
+            _scales(exp_avgs[i], i, (exp_avg_scales, exp_avg_sq_scales)),
+            _compute_dtype(param),
+        )
         tensors = zip(
-            *map(matrices, (param, grads[i], exp_avgs[i], exp_avg_sqs[i], bases[i])),
+            *map(matrices, (param, grads[i], stored.mean, stored.square, bases[i])),
             strict=True,
         )
         given = coefficients[i]
@@ -539,5 +662,6 @@ def projected_adamw_(
         outcome = next((o for o in (REFRESHED, STEPPED, DECAYED) if o in outcomes), SKIPPED)
         if outcome in (STEPPED, REFRESHED):
             steps[i].add_(1)
+            stored.write()
         result.append(outcome)
     return torch.tensor(result, dtype=torch.uint8)

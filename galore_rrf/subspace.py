@@ -15,7 +15,7 @@ from typing import Any, TypedDict, TypeVar
 import torch
 from torch import Tensor
 
-from galore_rrf import ops
+from galore_rrf import moments, ops
 from galore_rrf.range_finder import Status
 
 RIGHT, LEFT = 0, 1
@@ -42,6 +42,7 @@ class RefinementKeys(TypedDict, total=False):
     nonfinite: str
     seed: int
     arithmetic: str
+    state_dtype: torch.dtype | None
     preset: str | None
 
 
@@ -68,7 +69,8 @@ _CHOICES = {
     "sketch": ("warm", "plain", "half_power", "power"),
     "moments": ("rotate", "keep"),
     "nonfinite": ("skip", "raise"),
-    "arithmetic": ("torch", "galore_torch"),
+    "arithmetic": ("torch", "galore_torch", "bitsandbytes"),
+    "state_dtype": (None, torch.float32, torch.bfloat16, torch.uint8),
 }
 
 
@@ -111,7 +113,11 @@ class SubspaceOptions:
             is written, raises FloatingPointError (``"raise"``).
         seed: of all test matrices.
         arithmetic: ``"torch"``: torch.optim.AdamW's; ``"galore_torch"``: that package's (eps on the
-            uncorrected root, decay last, exact SVD in fp32).
+            uncorrected root, decay last, exact SVD in fp32); ``"bitsandbytes"``: decay last.  Concerns plain
+            parameters too.
+        state_dtype: of the moments, those of plain parameters included: ``torch.float32``, ``torch.bfloat16``
+            or ``torch.uint8``, 8-bit codes with an fp32 scale for every 256 entries; None: fp32 (fp64 for
+            fp64 weights) where projected, as torch does where plain.
         preset: ``"default"``, ``"published"``: a set of the above that explicit keys override.
     """
 
@@ -128,6 +134,7 @@ class SubspaceOptions:
     nonfinite: str = "skip"
     seed: int = 0
     arithmetic: str = "torch"
+    state_dtype: torch.dtype | None = None
     preset: str | None = None
 
     def __post_init__(self) -> None:
@@ -211,12 +218,10 @@ def new_state(p: Tensor, options: SubspaceOptions, key: int) -> dict[str, Any]:
     matrix = as_matrices(p)
     side = side_of(matrix, options.proj_type)
     assert options.rank is not None
-    moments, basis = state_shapes(matrix, side, options.rank)
-    dtype = compute_dtype(p)
+    shape, basis = state_shapes(matrix, side, options.rank)
     return {
         "step": torch.zeros((), dtype=torch.float32),
-        "exp_avg": torch.zeros(moments, dtype=dtype, device=p.device),
-        "exp_avg_sq": torch.zeros(moments, dtype=dtype, device=p.device),
+        **zero_moments(p, shape, options.state_dtype),
         # In the weight's dtype: half precision products take it as it is.
         "basis": torch.zeros(basis, dtype=p.dtype, device=p.device),
         "rank": options.rank,
@@ -224,6 +229,17 @@ def new_state(p: Tensor, options: SubspaceOptions, key: int) -> dict[str, Any]:
         "key": key,
         "refreshes": 0,
         "last_refresh": 0,
+    }
+
+
+def zero_moments(p: Tensor, shape: Sequence[int], state_dtype: torch.dtype | None) -> dict[str, Tensor]:
+    """Both moments of a parameter, as its group keeps them."""
+    zeros = torch.zeros(shape, dtype=compute_dtype(p), device=p.device)
+    dtype = moments.kept_dtype(zeros.numel(), state_dtype, zeros.dtype)
+    return {
+        key: value
+        for name in moments.NAMES
+        for key, value in moments.kept(name, zeros.clone(), dtype).items()
     }
 
 
@@ -286,19 +302,23 @@ def _moved(
     basis, projected = found
     moved: dict[str, Any] = {"basis": basis.to(state["basis"].dtype), "rank": basis.shape[-1]}
     steps = float(state["step"])
+    rotated: Sequence[Tensor] = ()
     if steps == 0 or state["refreshes"] == 0:
-        shapes = state_shapes(grad, state["side"], basis.shape[-1])
-        moved |= {k: projected.new_zeros(shapes[0]) for k in ("exp_avg", "exp_avg_sq")}
+        shape, _ = state_shapes(grad, state["side"], basis.shape[-1])
+        rotated = [projected.new_zeros(shape) for _ in moments.NAMES]
     elif options.moments == "rotate" or basis.shape[-1] != state["rank"]:
-        moved["exp_avg"], moved["exp_avg_sq"] = ops.rotate_moments(
-            state["exp_avg"],
-            state["exp_avg_sq"],
+        mean, square = (moments.values(state, name).to(projected.dtype) for name in moments.NAMES)
+        rotated = ops.rotate_moments(
+            mean,
+            square,
             state["basis"],
             basis,
             state["side"],
             1 - betas[0] ** steps,
             1 - betas[1] ** steps,
         )
+    for name, moment in zip(moments.NAMES, rotated, strict=False):
+        moved |= moments.kept(name, moment, state[name].dtype)
     return moved
 
 

@@ -116,7 +116,9 @@ def test_mixes_find_the_same(device, matrix, dtype):
     a = MATRICES[matrix](60, 90).to(device, dtype)
     for trim in (True, False):
         runs = [
-            adaptive_range_finder(a, 0.05, block=7, trim=trim, between=b, panel=p, method=m, seed=3)
+            adaptive_range_finder(
+                a, 0.05, block=7, sketch="plain", trim=trim, between=b, panel=p, method=m, seed=3
+            )
             for b, p, m in itertools.product(BETWEEN, PANELS, METHODS)
         ]
         ranks = [int(run[2]) for run in runs]

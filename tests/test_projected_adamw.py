@@ -116,7 +116,7 @@ def follow(mine: State, accuracy, weight_accuracy=None, schedule=(0, -1, 1, -1, 
 
 
 @pytest.mark.parametrize("maximize", [False, True])
-@pytest.mark.parametrize("arithmetic", ["torch", "galore_torch"])
+@pytest.mark.parametrize("arithmetic", ["torch", "galore_torch", "bitsandbytes"])
 @pytest.mark.parametrize("moments", ["rotate", "keep"])
 @pytest.mark.parametrize("sketch", ["plain", "half_power", "power", "warm"])
 def test_every_option(device, same_sketch, sketch, moments, arithmetic, maximize):
@@ -128,7 +128,8 @@ def test_every_option(device, same_sketch, sketch, moments, arithmetic, maximize
 
 
 @pytest.mark.parametrize("options", [{"power": 2, "sketch": "power"}, {"oversampling": 3, "moments": "keep"},
-                                     {"weight_decay": 0.0}, {"lr": 0.0}, {"beta1": 0.0}, {"scale": 0.25},
+                                     {"weight_decay": 0.0}, {"lr": 0.0}, {"beta1": 0.0}, {"correct_bias": False},
+                                     {"correct_bias": False, "arithmetic": "galore_torch"}, {"scale": 0.25},
                                      {"seed": 2**40}])  # fmt: skip
 def test_other_options(device, same_sketch, options):
     """Guards against an option that is dropped on its way."""
@@ -467,6 +468,9 @@ def replaced(name, value):
         (ValueError, "moment", replaced("exp_avgs", [torch.zeros(2, 5)])),
         (ValueError, "moment", replaced("exp_avg_sqs", [torch.zeros(5, 2).double()])),
         (ValueError, "moment", replaced("exp_avgs", [torch.zeros(2, 5).mT])),
+        (ValueError, "moment", replaced("exp_avgs", [torch.zeros(5, 2).half()])),
+        (ValueError, "one dtype", replaced("exp_avgs", [torch.zeros(5, 2).bfloat16()])),
+        (ValueError, "scale", replaced("exp_avgs", [torch.zeros(5, 2).byte()])),
         (ValueError, "basis", replaced("bases", [torch.zeros(5, 2)])),
         (ValueError, "rank", replaced("bases", [torch.zeros(4, 0)])),
         (ValueError, "rank", replaced("bases", [torch.zeros(4, 5)])),
@@ -513,8 +517,9 @@ def test_opcheck(device, refresh, dtype):
     torch.library.opcheck(
         torch.ops.galore_rrf.projected_adamw_.default,
         (
-            state.params, state.grads(1), state.exp_avgs, state.exp_avg_sqs, state.bases, state.steps,
-            [None] * 3, state.sides, state.keys, [refresh] * 3,
+            state.params, state.grads(1), state.exp_avgs, state.exp_avg_sqs,
+            [torch.empty(0) for _ in range(3)], [torch.empty(0) for _ in range(3)],
+            state.bases, state.steps, [None] * 3, state.sides, state.keys, [refresh] * 3,
         ),
         dict(ADAM),
     )  # fmt: skip

@@ -66,11 +66,14 @@ def test_rank_is_near_the_smallest(device, extra_blocks, sketch, spectrum):
 def test_more_extra_blocks_do_more(device):
     """Guards against `extra_blocks` being read as a flag."""
     a = matrix("1/i", 192, 300, device)
-    ranks = [int(adaptive_range_finder(a, 0.1, block=8, extra_blocks=e)[2]) for e in (0, 1, 2, 4, 8)]
+    ranks = [
+        int(adaptive_range_finder(a, 0.1, block=8, sketch="plain", extra_blocks=e)[2])
+        for e in (0, 1, 2, 4, 8)
+    ]
     assert ranks == sorted(ranks, reverse=True)
     assert len(set(ranks)) >= 4
     assert ranks[-1] <= math.ceil(1.03 * smallest_rank(a, 0.1))
-    found = adaptive_range_finder(a, 0.1, block=8, extra_blocks=3)
+    found = adaptive_range_finder(a, 0.1, block=8, sketch="plain", extra_blocks=3)
     first = int((found[4] <= 0.1).nonzero()[0])
     assert int(found[4].isfinite().sum()) == first + 1 + 3
 

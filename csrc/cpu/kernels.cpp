@@ -9,6 +9,7 @@
 
 #include "cpu/moments.h"
 #include "cpu/sketch.h"
+#include "cpu/stored_moment.h"
 #include "math/compensated_sum.h"
 
 namespace galore_rrf {
@@ -91,19 +92,59 @@ bool all_finite(const at::Tensor& a) {
   });
 }
 
-void adam(const at::Tensor& projected, const at::Tensor& exp_avg, const at::Tensor& exp_avg_sq,
+// f(begin, n) for every block of entries that share a scale, on ATen's threads.
+template <class F>
+void for_each_block(int64_t entries, const F& f) {
+  const int64_t blocks = (entries + kCodeBlock - 1) / kCodeBlock;
+  at::parallel_for(0, blocks, kGrain / kCodeBlock, [&](int64_t first, int64_t last) {
+    for (int64_t b = first; b < last; ++b) {
+      f(b * kCodeBlock, std::min(kCodeBlock, entries - b * kCodeBlock));
+    }
+  });
+}
+
+void adam(const at::Tensor& gradient, const StoredMoment& exp_avg, const StoredMoment& exp_avg_sq,
           const AdamElement<double>& e) {
-  AT_DISPATCH_FLOATING_TYPES(projected.scalar_type(), "adam", [&] {
+  AT_DISPATCH_FLOATING_TYPES(gradient.scalar_type(), "adam", [&] {
     const AdamElement<scalar_t> element{
         static_cast<scalar_t>(e.gradient_sign), static_cast<scalar_t>(e.beta1_complement),
         static_cast<scalar_t>(e.beta2),         static_cast<scalar_t>(e.beta2_complement),
         static_cast<scalar_t>(e.root_scale),    static_cast<scalar_t>(e.eps)};
-    scalar_t* r = projected.mutable_data_ptr<scalar_t>();
-    scalar_t* m = exp_avg.mutable_data_ptr<scalar_t>();
-    scalar_t* v = exp_avg_sq.mutable_data_ptr<scalar_t>();
-    at::parallel_for(0, projected.numel(), kGrain, [&](int64_t begin, int64_t end) {
-      cpu::adam_range(r + begin, m + begin, v + begin, end - begin, element);
+    scalar_t* g = gradient.mutable_data_ptr<scalar_t>();
+    if (exp_avg.values.scalar_type() == gradient.scalar_type()) {
+      scalar_t* m = exp_avg.values.mutable_data_ptr<scalar_t>();
+      scalar_t* v = exp_avg_sq.values.mutable_data_ptr<scalar_t>();
+      at::parallel_for(0, gradient.numel(), kGrain, [&](int64_t begin, int64_t end) {
+        cpu::adam_range(g + begin, m + begin, v + begin, end - begin, element);
+      });
+      return;
+    }
+    const cpu::MomentBlocks<scalar_t> mean(exp_avg, MomentKind::exp_avg);
+    const cpu::MomentBlocks<scalar_t> square(exp_avg_sq, MomentKind::exp_avg_sq);
+    for_each_block(gradient.numel(), [&](int64_t begin, int64_t n) {
+      scalar_t m[kCodeBlock], v[kCodeBlock];
+      mean.load(m, begin, n);
+      square.load(v, begin, n);
+      cpu::adam_range(g + begin, m, v, n, element);
+      mean.store(m, begin, n);
+      square.store(v, begin, n);
     });
+  });
+}
+
+void load_moment(const at::Tensor& out, const StoredMoment& moment, MomentKind kind) {
+  AT_DISPATCH_FLOATING_TYPES(out.scalar_type(), "load_moment", [&] {
+    scalar_t* to = out.mutable_data_ptr<scalar_t>();
+    const cpu::MomentBlocks<scalar_t> blocks(moment, kind);
+    for_each_block(out.numel(), [&](int64_t begin, int64_t n) { blocks.load(to + begin, begin, n); });
+  });
+}
+
+void store_moment(const StoredMoment& moment, const at::Tensor& in, MomentKind kind) {
+  AT_DISPATCH_FLOATING_TYPES(in.scalar_type(), "store_moment", [&] {
+    const scalar_t* from = in.const_data_ptr<scalar_t>();
+    const cpu::MomentBlocks<scalar_t> blocks(moment, kind);
+    for_each_block(in.numel(), [&](int64_t begin, int64_t n) { blocks.store(from + begin, begin, n); });
   });
 }
 
@@ -175,8 +216,9 @@ void variance_to_moments(const at::Tensor& exp_avg, const at::Tensor& exp_avg_sq
 
 }  // namespace
 
-const Kernels cpu_kernels = {fill_sketch, squared_norm, all_finite,          adam,
-                             gather_rows, signed_lu,    moments_to_variance, variance_to_moments};
+const Kernels cpu_kernels = {fill_sketch,         squared_norm,       all_finite,  adam,
+                             load_moment,         store_moment,       gather_rows, signed_lu,
+                             moments_to_variance, variance_to_moments};
 
 const char* simd_level() {
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)

@@ -78,6 +78,26 @@ void variance_to_moments_range(double* __restrict m, double* __restrict v, const
   }
 }
 
+GALORE_RRF_SIMD_CLONES
+void decode_block(float* __restrict out, const uint8_t* __restrict codes, float scale, int64_t n,
+                  const DynamicCode& code) {
+  for (int64_t i = 0; i < n; ++i) out[i] = code.value[codes[i]] * scale;
+}
+
+GALORE_RRF_SIMD_CLONES
+void encode_block(uint8_t* __restrict codes, float* __restrict scale, const float* __restrict in, int64_t n,
+                  const DynamicCode& code) {
+  // Magnitudes compare as their bits do, NaN above all.
+  uint32_t largest = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    const uint32_t bits = std::bit_cast<uint32_t>(in[i]) & 0x7FFFFFFFu;
+    largest = largest < bits ? bits : largest;
+  }
+  *scale = std::bit_cast<float>(largest);
+  const float divisor = largest == 0 ? 1 : *scale;
+  for (int64_t i = 0; i < n; ++i) codes[i] = nearest_code(in[i] / divisor, code.boundary);
+}
+
 namespace {
 
 // Sixteen running sums, so that the order of additions is one and the same at every vector width.

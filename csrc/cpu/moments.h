@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "math/adam.h"
+#include "math/dynamic_code.h"
 
 namespace galore_rrf::cpu {
 
@@ -20,6 +21,11 @@ void variance_to_moments_range(float* m, float* v, const float* mean, const floa
                                float correction1, float correction2);
 void variance_to_moments_range(double* m, double* v, const double* mean, const double* variance, int64_t n,
                                double correction1, double correction2);
+
+// One block of at most 256 entries, and back: `scale` is the largest magnitude.  A NaN or infinite entry
+// makes the block NaN or infinite.
+void decode_block(float* out, const uint8_t* codes, float scale, int64_t n, const DynamicCode& code);
+void encode_block(uint8_t* codes, float* scale, const float* in, int64_t n, const DynamicCode& code);
 
 double squared_norm_range(const float* a, int64_t n);
 double squared_norm_range(const double* a, int64_t n);

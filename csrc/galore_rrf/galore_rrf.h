@@ -50,8 +50,8 @@ struct AdaptiveRangeFinderOptions {
   // reads A, faster at ranks well below min(m, n) and right down to relative tolerances of 8 sqrt(u); "auto":
   // that where it is right.
   std::string method = "auto";
-  // "plain" or "half_power", of what is left of A.
-  std::string sketch = "plain";
+  // "half_power", or "plain", faster at a larger rank; of what is left of A.
+  std::string sketch = "half_power";
   // Compute `extra_blocks` more, then cut to the smallest rank within the tolerance; else the rank is a
   // multiple of the block.
   bool trim = true;

@@ -1,4 +1,4 @@
-// The projected step and the rotation of moments as operators.
+// The steps of the optimizer, and moments rotated and coded, as operators.
 #include <ATen/ops/empty.h>
 
 #include <algorithm>
@@ -8,6 +8,7 @@
 
 #include "ops/checks.h"
 #include "ops/ops.h"
+#include "optimizer/adamw.h"
 #include "optimizer/projected_adamw.h"
 #include "optimizer/rotate.h"
 #include "range_finder/product.h"
@@ -20,18 +21,98 @@ Side side_from_int(int64_t side) {
   return static_cast<Side>(side);
 }
 
+Arithmetic arithmetic_from_name(c10::string_view name) {
+  return choice_from_name<Arithmetic>("arithmetic", text(name),
+                                      {{"torch", Arithmetic::torch},
+                                       {"galore_torch", Arithmetic::galore_torch},
+                                       {"bitsandbytes", Arithmetic::bitsandbytes}});
+}
+
+Moments moments_from_name(c10::string_view name) {
+  return choice_from_name<Moments>("moments", text(name),
+                                   {{"keep", Moments::keep}, {"rotate", Moments::rotate}});
+}
+
+// Blocks of codes that one scale each belongs to: of every matrix of a stack, else of all entries.
+std::vector<int64_t> scale_shape(at::IntArrayRef moment) {
+  const auto blocks = [](int64_t entries) { return (entries + kCodeBlock - 1) / kCodeBlock; };
+  if (moment.size() == 3) return {moment[0], blocks(moment[1] * moment[2])};
+  return {blocks(c10::multiply_integers(moment))};
+}
+
+void check_moment(const StoredMoment& moment, at::IntArrayRef shape, at::IntArrayRef scales,
+                  const at::Tensor& weight, size_t index) {
+  const at::Tensor& values = moment.values;
+  const at::ScalarType dtype = values.scalar_type();
+  TORCH_CHECK_VALUE(values.sizes() == shape && values.is_contiguous() && values.device() == weight.device() &&
+                        (dtype == compute_dtype(weight) || dtype == at::kFloat || dtype == at::kBFloat16 ||
+                         dtype == at::kByte),
+                    "Invalid moment: ", values.sizes(), " ", dtype, " on ", values.device(),
+                    values.is_contiguous() ? "" : ", not contiguous", " (must be contiguous, ", shape, " ",
+                    compute_dtype(weight), ", Float, BFloat16 or Byte on ", weight.device(),
+                    ") for parameter ", index);
+  TORCH_CHECK_VALUE(
+      dtype != at::kByte || (moment.scale.scalar_type() == at::kFloat && moment.scale.sizes() == scales &&
+                             moment.scale.is_contiguous() && moment.scale.device() == weight.device()),
+      "Invalid scale of a moment: ", moment.scale.sizes(), " ", moment.scale.scalar_type(),
+      " (must be contiguous, ", scales, " Float) for parameter ", index);
+}
+
+// Both moments of one parameter are kept in one way.
+void check_moments(const StoredMoment& exp_avg, const StoredMoment& exp_avg_sq, at::IntArrayRef shape,
+                   at::IntArrayRef scales, const at::Tensor& weight, size_t index) {
+  check_moment(exp_avg, shape, scales, weight, index);
+  check_moment(exp_avg_sq, shape, scales, weight, index);
+  TORCH_CHECK_VALUE(exp_avg.values.scalar_type() == exp_avg_sq.values.scalar_type(),
+                    "exp_avg and exp_avg_sq must have one dtype, got ", exp_avg.values.scalar_type(), " and ",
+                    exp_avg_sq.values.scalar_type(), " for parameter ", index);
+}
+
+void check_step(const at::Tensor& step, size_t index) {
+  TORCH_CHECK_VALUE(step.numel() == 1 && step.device().is_cpu(), "Invalid step: ", step.numel(),
+                    " numbers on ", step.device(), " (must be one number on the CPU) for parameter ", index);
+}
+
+// f(stored, values) for all of a moment, or every matrix of a stack.
+template <class F>
+void for_each_coded(const at::Tensor& codes, const at::Tensor& scale, const at::Tensor& values, const F& f) {
+  if (codes.dim() != 3) return f({codes, scale}, values);
+  for (int64_t i = 0; i < codes.size(0); ++i) {
+    f({codes.select(0, i), scale.select(0, i)}, values.select(0, i));
+  }
+}
+
+void check_lengths(const char* op, size_t count, std::initializer_list<size_t> sizes) {
+  for (const size_t size : sizes) {
+    TORCH_CHECK_VALUE(size == count, op, " expects lists of one length, got ", size, " and ", count);
+  }
+}
+
+void check_gradient(const char* op, const at::Tensor& w, const at::Tensor& grad, size_t index) {
+  TORCH_CHECK_TYPE(at::isFloatingType(w.scalar_type()), op, " expects real floating-point weights, got ",
+                   w.scalar_type(), " for parameter ", index);
+  TORCH_CHECK_VALUE(
+      grad.sizes() == w.sizes() && grad.scalar_type() == w.scalar_type() && grad.device() == w.device(),
+      "gradient and weight differ: ", grad.sizes(), " ", grad.scalar_type(), " on ", grad.device(), " and ",
+      w.sizes(), " ", w.scalar_type(), " on ", w.device(), " for parameter ", index);
+}
+
+// The work is done below autograd, which must still see that these have changed.
+void bump_versions(std::initializer_list<at::TensorList> lists) {
+  for (const at::TensorList list : lists) {
+    for (const at::Tensor& t : list) {
+      if (!t.is_inference()) t.unsafeGetTensorImpl()->bump_version();
+    }
+  }
+}
+
 void check_parameter(const ProjectedParameter& p, size_t index) {
   const at::Tensor& w = p.weight;
   const auto at_index = [&] { return c10::str(" for parameter ", index); };
   TORCH_CHECK_VALUE(w.dim() == 2 || w.dim() == 3,
                     "projected_adamw_ expects matrices or stacks of matrices, got shape ", w.sizes(),
                     at_index());
-  TORCH_CHECK_TYPE(at::isFloatingType(w.scalar_type()),
-                   "projected_adamw_ expects real floating-point weights, got ", w.scalar_type(), at_index());
-  TORCH_CHECK_VALUE(
-      p.grad.sizes() == w.sizes() && p.grad.scalar_type() == w.scalar_type() && p.grad.device() == w.device(),
-      "gradient and weight differ: ", p.grad.sizes(), " ", p.grad.scalar_type(), " on ", p.grad.device(),
-      " and ", w.sizes(), " ", w.scalar_type(), " on ", w.device(), at_index());
+  check_gradient("projected_adamw_", w, p.grad, index);
   TORCH_CHECK_VALUE(p.basis.dim() == w.dim(), "Invalid basis: ", p.basis.dim(), " dimensions (must be ",
                     w.dim(), " as of the weight)", at_index());
   TORCH_CHECK_TYPE(at::isFloatingType(p.basis.scalar_type()), "Invalid basis: ", p.basis.scalar_type(),
@@ -48,37 +129,30 @@ void check_parameter(const ProjectedParameter& p, size_t index) {
                     ") in a basis of shape ", p.basis.sizes(), at_index());
   TORCH_CHECK_VALUE(p.basis.sizes() == at::IntArrayRef(basis), "Invalid basis: shape ", p.basis.sizes(),
                     " (must be ", at::IntArrayRef(basis), ")", at_index());
-  for (const at::Tensor& moment : {p.exp_avg, p.exp_avg_sq}) {
-    TORCH_CHECK_VALUE(moment.sizes() == at::IntArrayRef(moments) && moment.is_contiguous() &&
-                          moment.scalar_type() == compute_dtype(w) && moment.device() == w.device(),
-                      "Invalid moment: ", moment.sizes(), " ", moment.scalar_type(), " on ", moment.device(),
-                      moment.is_contiguous() ? "" : ", not contiguous", " (must be contiguous, ",
-                      at::IntArrayRef(moments), " ", compute_dtype(w), " on ", w.device(), ")", at_index());
-  }
+  check_moments(p.exp_avg, p.exp_avg_sq, moments, scale_shape(moments), w, index);
   TORCH_CHECK_VALUE(!p.coefficients.defined() || p.coefficients.sizes() == at::IntArrayRef(moments),
                     "Invalid coefficients: shape ", p.coefficients.sizes(), " (must be ",
                     at::IntArrayRef(moments), ")", at_index());
-  TORCH_CHECK_VALUE(p.step.numel() == 1 && p.step.device().is_cpu(), "Invalid step: ", p.step.numel(),
-                    " numbers on ", p.step.device(), " (must be one number on the CPU)", at_index());
+  check_step(p.step, index);
 }
 
 }  // namespace
 
 at::Tensor projected_adamw_op(at::TensorList params, at::TensorList grads, at::TensorList exp_avgs,
-                              at::TensorList exp_avg_sqs, at::TensorList bases, at::TensorList steps,
+                              at::TensorList exp_avg_sqs, at::TensorList exp_avg_scales,
+                              at::TensorList exp_avg_sq_scales, at::TensorList bases, at::TensorList steps,
                               const c10::List<std::optional<at::Tensor>>& coefficients, at::IntArrayRef sides,
                               at::IntArrayRef keys, at::IntArrayRef refreshes,
                               const std::optional<at::Tensor>& refresh_seconds, double lr, double beta1,
                               double beta2, double eps, double weight_decay, double scale, bool maximize,
-                              c10::string_view arithmetic, c10::string_view sketch, int64_t power,
-                              int64_t oversampling, c10::string_view moments, int64_t seed) {
+                              bool correct_bias, c10::string_view arithmetic, c10::string_view sketch,
+                              int64_t power, int64_t oversampling, c10::string_view moments, int64_t seed) {
   const NoAutocast no_autocast;
   const size_t count = params.size();
-  for (const size_t size : {grads.size(), exp_avgs.size(), exp_avg_sqs.size(), bases.size(), steps.size(),
-                            coefficients.size(), sides.size(), keys.size(), refreshes.size()}) {
-    TORCH_CHECK_VALUE(size == count, "projected_adamw_ expects lists of one length, got ", size, " and ",
-                      count);
-  }
+  check_lengths(
+      "projected_adamw_", count,
+      {grads.size(), exp_avgs.size(), exp_avg_sqs.size(), exp_avg_scales.size(), exp_avg_sq_scales.size(),
+       bases.size(), steps.size(), coefficients.size(), sides.size(), keys.size(), refreshes.size()});
   TORCH_CHECK_VALUE(oversampling >= 0, "Invalid oversampling: ", oversampling, " (must not be negative)");
   TORCH_CHECK_VALUE(power >= 0, "Invalid power: ", power, " (must not be negative)");
   const at::Tensor seconds = refresh_seconds.value_or(at::Tensor());
@@ -91,8 +165,8 @@ at::Tensor projected_adamw_op(at::TensorList params, at::TensorList grads, at::T
     sketch_key(seed, keys[i], std::max<int64_t>(refreshes[i], 0));
     parameters[i] = {.weight = params[i],
                      .grad = grads[i],
-                     .exp_avg = exp_avgs[i],
-                     .exp_avg_sq = exp_avg_sqs[i],
+                     .exp_avg = {exp_avgs[i], exp_avg_scales[i]},
+                     .exp_avg_sq = {exp_avg_sqs[i], exp_avg_sq_scales[i]},
                      .basis = bases[i],
                      .step = steps[i],
                      .side = side_from_int(sides[i]),
@@ -109,23 +183,82 @@ at::Tensor projected_adamw_op(at::TensorList params, at::TensorList grads, at::T
                                           .weight_decay = weight_decay,
                                           .scale = scale,
                                           .maximize = maximize,
-                                          .arithmetic = arithmetic_from_name(text(arithmetic))},
+                                          .correct_bias = correct_bias,
+                                          .arithmetic = arithmetic_from_name(arithmetic)},
                                          {.sketch = sketch_from_name(text(sketch)),
                                           .power = power,
                                           .oversampling = oversampling,
-                                          .moments = moments_from_name(text(moments)),
+                                          .moments = moments_from_name(moments),
                                           .seed = static_cast<uint64_t>(seed)},
                                          seconds);
-  // The work is done below autograd, which must still see that these have changed.
-  for (const at::TensorList list : {params, exp_avgs, exp_avg_sqs, bases, steps}) {
-    for (const at::Tensor& t : list) {
-      if (!t.is_inference()) t.unsafeGetTensorImpl()->bump_version();
-    }
-  }
+  bump_versions({params, exp_avgs, exp_avg_sqs, exp_avg_scales, exp_avg_sq_scales, bases, steps});
   const at::Tensor result = at::empty({static_cast<int64_t>(count)}, at::kByte);
   std::transform(outcomes.begin(), outcomes.end(), result.mutable_data_ptr<uint8_t>(),
                  [](Outcome outcome) { return static_cast<uint8_t>(outcome); });
   return result;
+}
+
+void adamw_op(at::TensorList params, at::TensorList grads, at::TensorList exp_avgs,
+              at::TensorList exp_avg_sqs, at::TensorList exp_avg_scales, at::TensorList exp_avg_sq_scales,
+              at::TensorList steps, double lr, double beta1, double beta2, double eps, double weight_decay,
+              bool maximize, bool correct_bias, c10::string_view arithmetic) {
+  const size_t count = params.size();
+  check_lengths("adamw_", count,
+                {grads.size(), exp_avgs.size(), exp_avg_sqs.size(), exp_avg_scales.size(),
+                 exp_avg_sq_scales.size(), steps.size()});
+  std::vector<PlainParameter> parameters(count);
+  for (size_t i = 0; i < count; ++i) {
+    const at::Tensor& w = params[i];
+    parameters[i] = {.weight = w,
+                     .grad = grads[i],
+                     .exp_avg = {exp_avgs[i], exp_avg_scales[i]},
+                     .exp_avg_sq = {exp_avg_sqs[i], exp_avg_sq_scales[i]},
+                     .step = steps[i]};
+    check_gradient("adamw_", w, grads[i], i);
+    TORCH_CHECK_VALUE(w.is_contiguous() && grads[i].is_contiguous(),
+                      "adamw_ expects contiguous weights and gradients for parameter ", i);
+    check_moments(parameters[i].exp_avg, parameters[i].exp_avg_sq, w.sizes(), scale_shape(w.numel()), w, i);
+    check_step(steps[i], i);
+  }
+  adamw_(parameters, {.lr = lr,
+                      .beta1 = beta1,
+                      .beta2 = beta2,
+                      .eps = eps,
+                      .weight_decay = weight_decay,
+                      .scale = 1,
+                      .maximize = maximize,
+                      .correct_bias = correct_bias,
+                      .arithmetic = arithmetic_from_name(arithmetic)});
+  bump_versions({params, exp_avgs, exp_avg_sqs, exp_avg_scales, exp_avg_sq_scales, steps});
+}
+
+std::tuple<at::Tensor, at::Tensor> quantize_moment_op(const at::Tensor& moment, bool is_signed) {
+  TORCH_CHECK_TYPE(at::isFloatingType(moment.scalar_type()),
+                   "quantize_moment expects a real floating-point tensor, got ", moment.scalar_type());
+  const at::Tensor values = moment.to(compute_dtype(moment)).contiguous();
+  const at::Tensor codes = at::empty(values.sizes(), values.options().dtype(at::kByte));
+  const at::Tensor scale = at::empty(scale_shape(values.sizes()), values.options().dtype(at::kFloat));
+  const MomentKind kind = is_signed ? MomentKind::exp_avg : MomentKind::exp_avg_sq;
+  for_each_coded(codes, scale, values, [&](const StoredMoment& stored, const at::Tensor& part) {
+    kernels_for(part).store_moment(stored, part, kind);
+  });
+  return {codes, scale};
+}
+
+at::Tensor dequantize_moment_op(const at::Tensor& codes, const at::Tensor& scale, bool is_signed) {
+  TORCH_CHECK_TYPE(codes.scalar_type() == at::kByte && scale.scalar_type() == at::kFloat,
+                   "dequantize_moment expects Byte codes and a Float scale, got ", codes.scalar_type(),
+                   " and ", scale.scalar_type());
+  const auto scales = scale_shape(codes.sizes());
+  TORCH_CHECK_VALUE(scale.sizes() == at::IntArrayRef(scales), "Invalid scale: shape ", scale.sizes(),
+                    " (must be ", at::IntArrayRef(scales), " for codes of shape ", codes.sizes(), ")");
+  const at::Tensor values = at::empty(codes.sizes(), scale.options());
+  const MomentKind kind = is_signed ? MomentKind::exp_avg : MomentKind::exp_avg_sq;
+  for_each_coded(codes.contiguous(), scale.contiguous(), values,
+                 [&](const StoredMoment& stored, const at::Tensor& part) {
+                   kernels_for(part).load_moment(part, stored, kind);
+                 });
+  return values;
 }
 
 std::tuple<at::Tensor, at::Tensor> rotate_moments_op(const at::Tensor& exp_avg, const at::Tensor& exp_avg_sq,

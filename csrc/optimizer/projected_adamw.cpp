@@ -21,22 +21,26 @@ namespace {
 // One matrix of one parameter, seen as if projected on the left: gradient and weight s x l with s
 // the projected side, basis s x r, moments r x l.  A right projection is the left one of the transpose.
 struct Matrix {
-  at::Tensor weight, grad, exp_avg, exp_avg_sq, basis, coefficients;
+  at::Tensor weight, grad;
+  StoredMoment exp_avg, exp_avg_sq;
+  at::Tensor basis, coefficients;
   double step;  // steps taken so far
   uint32_t key;
   int64_t refresh;
 };
 
 Matrix matrix_of(const ProjectedParameter& p, int64_t index) {
-  const auto pick = [&](const at::Tensor& t) {
-    if (!t.defined()) return t;
-    return t.dim() == 3 ? t.select(0, index) : t;
-  };
+  const bool stack = p.weight.dim() == 3;
+  const auto pick = [&](const at::Tensor& t) { return stack && t.defined() ? t.select(0, index) : t; };
   const auto turn = [&](const at::Tensor& t) {
     return t.defined() && p.side == Side::right ? pick(t).mT() : pick(t);
   };
+  const auto turn_moment = [&](const StoredMoment& moment) {
+    const bool coded = moment.values.scalar_type() == at::kByte;
+    return StoredMoment{turn(moment.values), coded ? pick(moment.scale) : moment.scale};
+  };
   return {
-      turn(p.weight), turn(p.grad),         turn(p.exp_avg),          turn(p.exp_avg_sq),
+      turn(p.weight), turn(p.grad),         turn_moment(p.exp_avg),   turn_moment(p.exp_avg_sq),
       pick(p.basis),  turn(p.coefficients), p.step.item().toDouble(), static_cast<uint32_t>(p.key + index),
       p.refresh};
 }
@@ -67,6 +71,18 @@ class Stopwatch {
   const Clock::time_point start_ = Clock::now();
 };
 
+// The moment itself where it is kept in the dtype asked for.
+at::Tensor loaded(const StoredMoment& moment, MomentKind kind, at::ScalarType dtype) {
+  if (moment.values.scalar_type() == dtype) return moment.values;
+  const at::Tensor out = at::empty_like(moment.values, moment.values.options().dtype(dtype));
+  kernels_for(out).load_moment(out, moment, kind);
+  return out;
+}
+
+void store(const StoredMoment& moment, const at::Tensor& values, MomentKind kind) {
+  if (!values.is_same(moment.values)) kernels_for(values).store_moment(moment, values, kind);
+}
+
 class Step {
  public:
   Step(const AdamWOptions& adamw, const RefreshOptions& refresh) : adamw_(adamw), refresh_(refresh) {}
@@ -75,7 +91,8 @@ class Step {
   Outcome operator()(const Matrix& x, double& refresh_seconds) const {
     if (x.grad.numel() == 0) return Outcome::stepped;
     // In the layout of the moments, so that the Adam element runs over three equal arrays.
-    const at::Tensor projected = at::empty_like(x.exp_avg);
+    const at::Tensor projected =
+        at::empty_like(x.exp_avg.values, x.grad.options().dtype(compute_dtype(x.grad)));
     Outcome outcome = Outcome::stepped;
     if (x.coefficients.defined()) {
       projected.copy_(x.coefficients);
@@ -128,8 +145,12 @@ class Step {
     if (status == Status::nonfinite || !finite(projected)) return Outcome::skipped;
     if (known && refresh_.moments == Moments::rotate && x.step > 0) {
       const at::Tensor s = basis.mT().matmul(x.basis.to(basis.scalar_type()));
-      rotate_moments_out(x.exp_avg, x.exp_avg_sq, x.exp_avg, x.exp_avg_sq, s,
-                         1 - std::pow(adamw_.beta1, x.step), 1 - std::pow(adamw_.beta2, x.step));
+      const at::Tensor mean = loaded(x.exp_avg, MomentKind::exp_avg, s.scalar_type());
+      const at::Tensor square = loaded(x.exp_avg_sq, MomentKind::exp_avg_sq, s.scalar_type());
+      rotate_moments_out(mean, square, mean, square, s, 1 - std::pow(adamw_.beta1, x.step),
+                         1 - std::pow(adamw_.beta2, x.step));
+      store(x.exp_avg, mean, MomentKind::exp_avg);
+      store(x.exp_avg_sq, square, MomentKind::exp_avg_sq);
     }
     x.basis.copy_(basis);
     return Outcome::refreshed;
@@ -137,21 +158,9 @@ class Step {
 
   // Moments, and one product into the weight: W <- beta W + alpha Q N.
   void apply(const Matrix& x, const at::Tensor& projected) const {
-    const double step = x.step + 1;
-    const double correction1 = 1 - std::pow(adamw_.beta1, step);
-    const double correction2_root = std::sqrt(1 - std::pow(adamw_.beta2, step));
-    const bool torch_order = adamw_.arithmetic == Arithmetic::torch;
-    kernels_for(x.grad).adam(projected, x.exp_avg, x.exp_avg_sq,
-                             {.gradient_sign = adamw_.maximize ? -1.0 : 1.0,
-                              .beta1_complement = 1 - adamw_.beta1,
-                              .beta2 = adamw_.beta2,
-                              .beta2_complement = 1 - adamw_.beta2,
-                              .root_scale = torch_order ? 1 / correction2_root : 1.0,
-                              .eps = adamw_.eps});
-    const double decay = 1 - adamw_.lr * adamw_.weight_decay;
-    double alpha = -adamw_.lr * adamw_.scale / correction1;
-    if (!torch_order) alpha *= correction2_root * decay;  // decay comes last there
-    add_product_(x.weight, x.basis.to(projected.scalar_type()), projected, decay, alpha);
+    const AdamWStep step = adamw_step(adamw_, x.step + 1);
+    kernels_for(x.grad).adam(projected, x.exp_avg, x.exp_avg_sq, step.element);
+    add_product_(x.weight, x.basis.to(projected.scalar_type()), projected, step.decay, step.alpha);
   }
 
   void decay(const Matrix& x) const {
@@ -167,18 +176,6 @@ class Step {
 };
 
 }  // namespace
-
-Arithmetic arithmetic_from_name(std::string_view name) {
-  if (name == "torch") return Arithmetic::torch;
-  if (name == "galore_torch") return Arithmetic::galore_torch;
-  TORCH_CHECK_VALUE(false, "Invalid arithmetic: '", name, "' (must be 'torch' or 'galore_torch')");
-}
-
-Moments moments_from_name(std::string_view name) {
-  if (name == "keep") return Moments::keep;
-  if (name == "rotate") return Moments::rotate;
-  TORCH_CHECK_VALUE(false, "Invalid moments: '", name, "' (must be 'keep' or 'rotate')");
-}
 
 std::vector<Outcome> projected_adamw_(const std::vector<ProjectedParameter>& parameters,
                                       const AdamWOptions& adamw, const RefreshOptions& refresh,

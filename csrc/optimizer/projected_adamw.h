@@ -4,25 +4,15 @@
 
 #include <ATen/core/Tensor.h>
 
-#include <string_view>
 #include <vector>
 
+#include "optimizer/adamw.h"
 #include "range_finder/types.h"
 
 namespace galore_rrf {
 
 enum class Side : int64_t { right = 0, left = 1 };
-enum class Arithmetic { torch, galore_torch };
 enum class Moments { keep, rotate };
-
-Arithmetic arithmetic_from_name(std::string_view name);
-Moments moments_from_name(std::string_view name);
-
-struct AdamWOptions {
-  double lr, beta1, beta2, eps, weight_decay, scale;
-  bool maximize;
-  Arithmetic arithmetic;
-};
 
 struct RefreshOptions {
   Sketch sketch;
@@ -35,9 +25,9 @@ struct RefreshOptions {
 // One parameter: a matrix (m x n) or a stack of matrices (e x m x n).
 struct ProjectedParameter {
   at::Tensor weight, grad;
-  at::Tensor exp_avg, exp_avg_sq;  // right: m x r; left: r x n
-  at::Tensor basis;                // right: n x r; left: m x r; all zeros: none yet
-  at::Tensor step;                 // fp32 or fp64 scalar on the CPU
+  StoredMoment exp_avg, exp_avg_sq;  // right: m x r; left: r x n; each matrix of a stack coded for itself
+  at::Tensor basis;                  // right: n x r; left: m x r; all zeros: none yet
+  at::Tensor step;                   // fp32 or fp64 scalar on the CPU
   Side side;
   int64_t key;              // matrix id of the first of the stack, for the test matrix
   int64_t refresh;          // which refresh is due, counted from 0; -1: none

@@ -15,7 +15,7 @@ struct AdaptiveOptions {
   int64_t block = 64;
   int64_t max_rank;  // at most min(m, n)
   Method method = Method::automatic;
-  Sketch sketch = Sketch::plain;  // or half_power, of what is left of the matrix
+  Sketch sketch = Sketch::half_power;  // or plain; of what is left of the matrix
   Between between = Between::householder;
   Panel panel = Panel::householder;
   bool trim = true;

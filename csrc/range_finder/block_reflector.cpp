@@ -16,6 +16,8 @@ namespace galore_rrf {
 
 at::Tensor triangular_factor(const at::Tensor& v) {
   const at::Tensor products = v.mT().matmul(v);
+  // H is orthogonal as far as T^-1 has the squared lengths of v: these are summed in fp64, by cascade.
+  products.diagonal().copy_(v.to(at::kDouble).square().sum(0));
   const at::Tensor idle = products.diagonal().eq(0);
   at::Tensor inverse = products.triu();
   inverse.diagonal().mul_(0.5).masked_fill_(idle, 1);

@@ -1,10 +1,10 @@
 #include "range_finder/residual.h"
 
-#include <algorithm>
 #include <cmath>
 
 #include "kernels.h"
 #include "math/compensated_sum.h"
+#include "range_finder/tiles.h"
 
 namespace galore_rrf {
 
@@ -21,17 +21,14 @@ double relative_residual(const ScaledMatrix& matrix, const at::Tensor& basis,
   const double total = matrix.squared_norm;
   double left = total - kept_energy(basis, coefficients);
   if (left < kDifferenceTells * kDifferenceTells * total) {
-    constexpr int64_t kTileEntries = 1 << 17;
-    const int64_t width = std::max<int64_t>(1, kTileEntries / matrix.a.size(0));
     left = 0;
-    for (int64_t start = 0; start < matrix.a.size(1); start += width) {
-      const int64_t w = std::min(width, matrix.a.size(1) - start);
-      const at::Tensor tile =
-          matrix.a.narrow(1, start, w).to(basis.scalar_type(), false, /*copy=*/true).contiguous();
-      scale_by_power_(tile, -matrix.exponent);
-      left += kernels_for(tile).squared_norm(
-          tile.addmm(basis, coefficients.narrow(1, start, w), /*beta=*/1, /*alpha=*/-1));
-    }
+    const int64_t dim = outer_dim(matrix.a);
+    for_each_tile(matrix.a, dim, matrix.exponent, [&](int64_t start, int64_t width, at::Tensor& tile) {
+      const bool rows = dim == 0;
+      tile.addmm_(rows ? basis.narrow(0, start, width) : basis,
+                  rows ? coefficients : coefficients.narrow(1, start, width), /*beta=*/1, /*alpha=*/-1);
+      left += kernels_for(tile).squared_norm(tile);
+    });
   }
   return std::sqrt(left / total);
 }

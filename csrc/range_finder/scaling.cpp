@@ -7,7 +7,7 @@
 #include <limits>
 
 #include "kernels.h"
-#include "range_finder/product.h"
+#include "range_finder/tiles.h"
 
 namespace galore_rrf {
 
@@ -36,15 +36,9 @@ double squared_norm(const at::Tensor& a, int exponent) {
   if (exponent == 0 && a.scalar_type() == dtype && a.is_non_overlapping_and_dense()) {
     return kernels.squared_norm(a);
   }
-  constexpr int64_t kTileEntries = 1 << 17;
-  const int64_t rows = std::max<int64_t>(1, kTileEntries / std::max<int64_t>(1, a.size(1)));
   double sum = 0;
-  for (int64_t start = 0; start < a.size(0); start += rows) {
-    const at::Tensor part = a.narrow(0, start, std::min(rows, a.size(0) - start));
-    const at::Tensor tile = part.to(dtype, /*non_blocking=*/false, /*copy=*/true).contiguous();
-    scale_by_power_(tile, -exponent);
-    sum += kernels.squared_norm(tile);
-  }
+  for_each_tile(a, outer_dim(a), exponent,
+                [&](int64_t, int64_t, const at::Tensor& tile) { sum += kernels.squared_norm(tile); });
   return sum;
 }
 

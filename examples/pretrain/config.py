@@ -102,6 +102,8 @@ class OptimizerConfig(BaseModel):
     """galore, galore_svd: what becomes of the moments at a refresh"""
     proj_type: Literal["std", "reverse_std", "left", "right"] | None = None
     """galore, galore_svd: the side that is projected"""
+    state_dtype: Literal["fp32", "bf16", "8bit"] | None = None
+    """galore, galore_svd: how all moments are kept; by default fp32, those of plain parameters in their dtype"""
     lora_alpha: PositiveFloat = 32.0
     """lora: the adapters' product is multiplied by lora_alpha / rank"""
 
@@ -114,6 +116,7 @@ class OptimizerConfig(BaseModel):
         "sketch": ("galore",),
         "moments": ("galore", "galore_svd"),
         "proj_type": ("galore", "galore_svd"),
+        "state_dtype": ("galore", "galore_svd"),
         "lora_alpha": ("lora",),
     }
 

@@ -11,6 +11,7 @@ import galore_rrf
 from pretrain.config import Config
 from pretrain.errors import UserError
 
+STATE_DTYPES = {None: None, "fp32": torch.float32, "bf16": torch.bfloat16, "8bit": torch.uint8}
 _SUBSPACE_KEYS = ("tolerance", "update_proj_gap", "scale", "sketch", "moments", "proj_type")
 
 
@@ -47,7 +48,7 @@ def build_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
             return torch.optim.AdamW(
                 [{k: g[k] for k in ("params", "lr") if k in g} for g in groups], **common
             )
-        return galore_rrf.GaLoreAdamW(groups, **common)
+        return galore_rrf.GaLoreAdamW(groups, **common, state_dtype=STATE_DTYPES[o.state_dtype])
     except (ValueError, TypeError) as error:
         raise UserError(f"Invalid optimizer: {error}") from error
 

@@ -14,16 +14,17 @@ import torch
 from galore_rrf.memory import estimate
 from pretrain.data.corpus import Corpus
 from pretrain.files import write_atomically
+from pretrain.optimizers import STATE_DTYPES
 from pretrain.results.plots import plot_curves, plot_ranks, plot_spectra
 from pretrain.results.read import Run, markdown, megabytes, runs_table
 from pretrain.trainer import Trainer
 
 # Names for people, keys of the optimizer's state, and fields of galore_rrf.memory.MemoryEstimate.
 _STATE = (
-    ("momentum", "exp_avg", "momentum"),
-    ("variance", "exp_avg_sq", "variance"),
-    ("bases", "basis", "bases"),
-    ("step counts", "step", "steps"),
+    ("momentum", ("exp_avg", "exp_avg_scale"), "momentum"),
+    ("variance", ("exp_avg_sq", "exp_avg_sq_scale"), "variance"),
+    ("bases", ("basis",), "bases"),
+    ("step counts", ("step",), "steps"),
 )
 
 
@@ -85,12 +86,19 @@ def state_table(trainer: Trainer) -> list[dict[str, Any]]:
     """Bytes of the optimizer's state, measured and by the formula (of the rank cap, where a tolerance is set)."""
     o = trainer.config.optimizer
     if o.name.startswith("galore"):
-        formula = estimate(trainer.model, "galore", rank=o.rank, proj_type=o.proj_type or "std")
+        formula = estimate(
+            trainer.model,
+            "galore",
+            rank=o.rank,
+            proj_type=o.proj_type or "std",
+            state_dtype=STATE_DTYPES[o.state_dtype],
+        )
     else:
         formula = estimate(trainer.model)  # adapters are parameters of the model
     rows = []
-    for what, key, field in _STATE:
-        tensors = (state[key] for state in trainer.optimizer.state.values() if key in state)
+    for what, keys, field in _STATE:
+        states = trainer.optimizer.state.values()
+        tensors = (state[key] for state in states for key in keys if key in state)
         rows.append(
             {"what": what, "measured": sum(t.nbytes for t in tensors), "formula": getattr(formula, field)}
         )

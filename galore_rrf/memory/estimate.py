@@ -19,6 +19,7 @@ from galore_rrf.subspace import (
     is_projected,
     matrix_count,
     new_state,
+    zero_moments,
 )
 
 OPTIMIZERS = ("adamw", "galore", "lora")
@@ -78,6 +79,7 @@ def estimate(
     *,
     rank: int | None = None,
     proj_type: str = "std",
+    state_dtype: torch.dtype | None = None,
     include: Sequence[str] = INCLUDE,
     exclude: Sequence[str] = EXCLUDE,
     dtype: torch.dtype | None = None,
@@ -98,7 +100,7 @@ def estimate(
             of ``param_groups(model, rank)``, which is frozen, and over all other parameters; adapters in
             the dtype of the weights (peft with ``autocast_adapter_dtype=False``).
         rank: for ``"galore"`` (with `tolerance` the cap) and ``"lora"``.
-        proj_type: as of `SubspaceOptions`.
+        proj_type, state_dtype: as of `SubspaceOptions`; state_dtype with ``"galore"`` alone.
         include, exclude: as of `param_groups`.
         dtype: of weights and gradients, and of the moments that are not projected; None: as they are.
         mixed_precision: weights and gradients in bf16 (or `dtype`), the optimizer over fp32 master weights;
@@ -112,7 +114,7 @@ def estimate(
         ValueError, TypeError: naming the argument, its value and what is allowed; ValueError too where no
             parameter is to be projected.
     """
-    _check(optimizer, rank, dtype, mixed_precision, tokens, threads)
+    _check(optimizer, rank, dtype, state_dtype, mixed_precision, tokens, threads)
     if mixed_precision:
         dtype = dtype or torch.bfloat16
     stand_ins = {
@@ -141,8 +143,9 @@ def estimate(
     if mixed_precision:
         projected, plain = [p.float() for p in projected], [p.float() for p in plain]
         master_weights = _bytes(projected + plain)
-    options = SubspaceOptions(rank=rank, proj_type=proj_type)
+    options = SubspaceOptions(rank=rank, proj_type=proj_type, state_dtype=state_dtype)
     states = [new_state(p, options, key=0) for p in projected]
+    moments = [*states, *(_plain_moments(p, state_dtype) for p in plain)]
     activations = None
     if tokens is not None:
         activations = llama_activations(
@@ -158,8 +161,8 @@ def estimate(
         weights=weights,
         gradients=gradients,
         master_weights=master_weights,
-        momentum=_bytes(plain) + _bytes(state["exp_avg"] for state in states),
-        variance=_bytes(plain) + _bytes(state["exp_avg_sq"] for state in states),
+        momentum=_bytes_of(moments, "exp_avg"),
+        variance=_bytes_of(moments, "exp_avg_sq"),
         bases=_bytes(state["basis"] for state in states),
         steps=_STEP * len(projected + plain),
         workspace=_workspace(plain, projected, states, threads or torch.get_num_threads()),
@@ -171,6 +174,7 @@ def _check(
     optimizer: str,
     rank: int | None,
     dtype: torch.dtype | None,
+    state_dtype: torch.dtype | None,
     mixed_precision: bool,
     tokens: int | None,
     threads: int | None,
@@ -184,6 +188,8 @@ def _check(
         allowed = "None" if optimizer == "adamw" else "a positive integer"
         raise ValueError(f"Invalid rank: {rank!r} (must be {allowed} with optimizer={optimizer!r})")
     SubspaceOptions(rank=rank)
+    if state_dtype is not None and optimizer != "galore":
+        raise ValueError(f"Invalid state_dtype: {state_dtype} (must be None with optimizer={optimizer!r})")
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise TypeError(f"Invalid dtype: {dtype!r} (must be a real floating-point torch.dtype or None)")
     if mixed_precision and dtype not in (None, torch.bfloat16, torch.float16):
@@ -218,6 +224,17 @@ def _bytes(tensors: Iterable[Tensor]) -> int:
     return sum(t.numel() * t.element_size() for t in tensors)
 
 
+def _bytes_of(states: Iterable[Mapping[str, Tensor]], name: str) -> int:
+    """Of a moment and its scale."""
+    return sum(_bytes(state[key] for key in (name, f"{name}_scale") if key in state) for state in states)
+
+
+def _plain_moments(p: Tensor, state_dtype: torch.dtype | None) -> Mapping[str, Tensor]:
+    if state_dtype is None:
+        return {"exp_avg": p, "exp_avg_sq": p}  # torch's, like the parameter
+    return zero_moments(p, (p.numel(),), state_dtype)
+
+
 def _workspace(
     plain: list[Tensor], projected: list[Tensor], states: list[dict[str, Any]], threads: int
 ) -> int:
@@ -242,16 +259,21 @@ def _refresh_workspace(p: Tensor, state: Mapping[str, Tensor]) -> int:
     """
     side, rank = state["basis"].shape[-2:]
     length = state["exp_avg"].numel() // (rank * matrix_count(p))
-    size = compute_dtype(p).itemsize
+    dtype = compute_dtype(p)
+    size = dtype.itemsize
     half = p.element_size() < size
     long, short = length * rank, side * rank  # entries of the projected gradient, of the basis
     previous = short if half else 0  # the old basis, cast
     tile = min(_TILE, side * length) if half else 0
+    loaded = 0 if state["exp_avg"].dtype == dtype else 2 * long  # both moments, to be rotated
     # The projected gradient is there throughout; beside it
     entries = long + max(
         2 * long + previous,  # the inner factor and its LU
         long + short + previous + tile,  # the inner factor and the sketch
         3 * short,  # the sketch, its reflectors, the basis
-        short + 2 * rank**2 + 4 * rank * min(_ROTATED, length),  # the basis, the rotation, moments in tiles
+        short
+        + 2 * rank**2
+        + 4 * rank * min(_ROTATED, length)
+        + loaded,  # the basis, the rotation, moments in tiles
     )
     return size * entries + 8 * length  # the order of the rows of the LU

@@ -11,6 +11,8 @@ extern const Level level;
 const Level level = {
     "",
     sketch_strip,
+    decode_block,
+    encode_block,
     {adam_range, squared_norm_range, all_finite_range, moments_to_variance_range, variance_to_moments_range},
     {adam_range, squared_norm_range, all_finite_range, moments_to_variance_range, variance_to_moments_range}};
 

@@ -23,6 +23,8 @@ std::vector<Level> levels() {
   };
   std::vector<Level> all = {{"dispatched",
                              cpu::sketch_strip,
+                             cpu::decode_block,
+                             cpu::encode_block,
                              {cpu::adam_range, cpu::squared_norm_range, cpu::all_finite_range,
                               cpu::moments_to_variance_range, cpu::variance_to_moments_range},
                              {cpu::adam_range, cpu::squared_norm_range, cpu::all_finite_range,

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "math/adam.h"
+#include "math/dynamic_code.h"
 #include "math/normal.h"
 
 namespace galore_rrf {
@@ -22,6 +23,8 @@ struct Loops {
 struct Level {
   const char* name;
   void (*sketch_strip)(float*, int64_t, uint32_t, uint32_t, int64_t, SketchKey);
+  void (*decode_block)(float*, const uint8_t*, float, int64_t, const DynamicCode&);
+  void (*encode_block)(uint8_t*, float*, const float*, int64_t, const DynamicCode&);
   Loops<float> on_float;
   Loops<double> on_double;
 

@@ -172,6 +172,45 @@ TEST_CASE("adam_range equals the element at every length and instruction set") {
   }
 }
 
+TEST_CASE("codes ascend, and are their own negatives where signed") {
+  for (const DynamicCode* code : {&kSignedCode, &kUnsignedCode}) {
+    for (int i = 0; i < 255; ++i) CHECK(code->value[i] < code->value[i + 1]);
+    CHECK(code->value[255] == 1.0f);
+  }
+  for (int i = 0; i < 255; ++i) CHECK(kSignedCode.value[i] == -kSignedCode.value[254 - i]);
+  CHECK(kSignedCode.value[127] == 0.0f);
+  CHECK(kUnsignedCode.value[0] == 0.0f);
+}
+
+TEST_CASE("encode_block finds the nearest code at every length and instruction set") {
+  for (const Level& level : levels()) {
+    for (const bool is_signed : {true, false}) {
+      const DynamicCode& code = is_signed ? kSignedCode : kUnsignedCode;
+      for (const int64_t n : {1, 7, 255, 256}) {
+        std::vector<float> x = normals<float>(n, 3), decoded(static_cast<size_t>(n) + 1, 7.0f);
+        for (float& value : x) value = is_signed ? value * value * value : value * value;
+        std::vector<uint8_t> codes(static_cast<size_t>(n) + 1, 99);
+        float scale = 0, largest = 0;
+        level.encode_block(codes.data(), &scale, x.data(), n, code);
+        level.decode_block(decoded.data(), codes.data(), scale, n, code);
+        for (const float value : x) largest = std::max(largest, std::abs(value));
+        INFO(level.name << " length " << n << " signed " << is_signed);
+        CHECK(scale == largest);
+        CHECK(codes.back() == 99);
+        CHECK(decoded.back() == 7.0f);
+        bool nearest = true;
+        for (size_t i = 0; i < x.size(); ++i) {
+          float best = 2;
+          for (const float value : code.value) best = std::min(best, std::abs(value - x[i] / scale));
+          nearest &= std::abs(code.value[codes[i]] - x[i] / scale) <= best * (1 + 1e-5f) + 1e-12f;
+          nearest &= decoded[i] == code.value[codes[i]] * scale;
+        }
+        CHECK(nearest);
+      }
+    }
+  }
+}
+
 TEST_CASE("squared_norm_range is exact on integers and one number on every instruction set") {
   for (const Level& level : levels()) {
     INFO(level.name);

@@ -1,0 +1,471 @@
+"""Moments kept in another dtype or as 8-bit codes: the codes, both steps, and what the optimizer makes of them."""
+
+import copy
+import io
+import itertools
+import math
+
+import pytest
+import torch
+from matrices import generator
+from test_projected_adamw import ADAM, LEFT, RIGHT, State
+from training import gradient, same, set_gradients
+
+from galore_rrf import GaLoreAdamW, moments, reference
+from galore_rrf.ops import adamw_, dequantize_moment, projected_adamw_, quantize_moment
+
+STATE_DTYPES = [torch.float32, torch.bfloat16, torch.uint8]
+SHAPES = [
+    (1,),
+    (255,),
+    (256,),
+    (257,),
+    (40000,),
+    (17, 33),
+    (3, 16, 16),
+    (3, 17, 19),
+    (2, 3, 4, 5),
+    (0,),
+    (4, 0),
+]
+
+
+def moment(shape, kind, is_signed):
+    x = torch.randn(shape, generator=generator(1), dtype=torch.float64)
+    if kind == "decades":
+        x = x.sign() * 10 ** (12 * torch.rand(shape, generator=generator(2), dtype=torch.float64) - 6)
+    if kind == "sparse":
+        x = torch.where(x.abs() > 1, x, 0)
+    return (x if is_signed else x.abs()).float()
+
+
+# --- The codes ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("is_signed", [True, False])
+@pytest.mark.parametrize("kind", ["normal", "decades", "sparse"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_codes_are_the_nearest(device, shape, kind, is_signed):
+    """Guards against blocks that straddle matrices, a scale of another block, a code that is only near."""
+    x = moment(shape, kind, is_signed).to(device)
+    codes, scale = quantize_moment(x, is_signed)
+    expected, expected_scale = reference.quantize_moment(x.cpu(), is_signed)
+    assert (codes.dtype, codes.shape, scale.dtype) == (torch.uint8, x.shape, torch.float32)
+    assert torch.equal(scale.cpu(), expected_scale)
+    assert torch.equal(codes.cpu(), expected)
+    back = dequantize_moment(codes, scale, is_signed)
+    assert torch.equal(back.cpu(), reference.dequantize_moment(expected, expected_scale, is_signed))
+    if not is_signed:  # -1 is no code
+        again = quantize_moment(back, is_signed)
+        assert torch.equal(again[0], codes)
+        assert torch.equal(again[1], scale)
+
+
+@pytest.mark.parametrize(("is_signed", "near"), [(True, 0.0071), (False, 0.0036)])
+def test_error_of_the_codes(is_signed, near):
+    """Guards against the documented accuracy: of the largest of a block, and of itself in the upper decades."""
+    x = moment((256 * 200,), "decades", is_signed).view(-1, 256)
+    codes, scale = quantize_moment(x, is_signed)
+    relative = x / scale.unsqueeze(-1)
+    off = (dequantize_moment(codes, scale, is_signed) - x).abs() / scale.unsqueeze(-1)
+    assert float(off.max()) <= near
+    for decade in range(1, 6):  # each with half as many codes as the one above it
+        assert float(off[relative.abs() < 10.0**-decade].max()) <= near * 5.0**-decade
+    exact = torch.zeros(300)
+    exact[7] = 3.25
+    codes, scale = quantize_moment(exact, is_signed)
+    assert torch.equal(dequantize_moment(codes, scale, is_signed), exact)
+
+
+def test_the_values_are_those_of_the_paper():
+    """Guards against a table of another data type: 256 values, ascending, 0 and 1 and seven decades."""
+    for is_signed in (True, False):
+        ends = torch.tensor([-1.0 if is_signed else 0.0, 1.0])
+        x = torch.linspace(*ends.tolist(), 65536)
+        x = torch.cat(
+            (x, 10 ** torch.linspace(-9, 0, 65536), -is_signed * 10 ** torch.linspace(-9, 0, 65536))
+        )
+        pieces = x.abs() if not is_signed else x
+        blocks = torch.cat((pieces.view(-1, 1).expand(-1, 2), torch.ones(len(x), 254)), 1)
+        codes, scale = quantize_moment(blocks, is_signed)
+        values = dequantize_moment(codes, scale, is_signed)[:, 0].unique()
+        expected = reference.dynamic_code(is_signed)
+        assert len(expected) == 256
+        if is_signed:  # -1 is not among them: 1 has no partner
+            assert torch.equal(values, expected)
+            assert float(expected[0]) > -1
+        else:
+            assert torch.equal(values, expected)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_bad_entry_spoils_its_block_alone(bad):
+    """Guards against a NaN that vanishes in the maximum, or reaches other blocks."""
+    x = moment((1024,), "normal", True)
+    x[300] = bad
+    codes, scale = quantize_moment(x, True)
+    back = dequantize_moment(codes, scale, True)
+    assert not back[256:512].isfinite().any() or not math.isfinite(float(scale[1]))
+    assert not math.isfinite(float(back[300]))
+    assert back[:256].isfinite().all()
+    assert back[512:].isfinite().all()
+
+
+def test_coding_checks_its_arguments():
+    """Guards against a scale of another layout that is read beyond its end."""
+    codes, scale = quantize_moment(torch.ones(3, 20, 20), True)
+    for bad in (scale.flatten(), scale[:2], scale.double()):
+        with pytest.raises((ValueError, TypeError), match="scale"):
+            dequantize_moment(codes, bad, True)
+    with pytest.raises(TypeError, match="Byte codes"):
+        dequantize_moment(codes.int(), scale, True)
+    with pytest.raises(TypeError, match="floating-point"):
+        quantize_moment(torch.ones(3, dtype=torch.int32), True)
+
+
+@pytest.mark.parametrize("shape", [(300,), (3, 20, 20)])
+def test_opcheck_of_the_codes(device, shape):
+    """Guards against a fake implementation of another shape or dtype."""
+    x = moment(shape, "normal", True).to(device)
+    for values in (x, x.double(), x.bfloat16()):
+        torch.library.opcheck(torch.ops.galore_rrf.quantize_moment.default, (values, True))
+    torch.library.opcheck(torch.ops.galore_rrf.dequantize_moment.default, (*quantize_moment(x, True), True))
+
+
+# --- The step of plain parameters ---------------------------------------------------------------------
+
+
+class Plain:
+    """The arguments of adamw_ for weights of several shapes."""
+
+    def __init__(self, dtype, state_dtype, device="cpu"):
+        compute = torch.float64 if dtype == torch.float64 else torch.float32
+        shapes = [(5,), (300,), (70000,), (17, 33), (3, 20, 20)]
+        self.params = [torch.randn(s, generator=generator(i)).to(device, dtype) for i, s in enumerate(shapes)]
+        self.steps = [torch.zeros(()) for _ in shapes]
+        self.moments = [{} for _ in shapes]
+        for p, state in zip(self.params, self.moments, strict=True):
+            for name in moments.NAMES:
+                flat = torch.zeros(p.numel(), dtype=compute, device=device)
+                kept = moments.kept(name, flat, state_dtype)
+                state |= {key: v.view(p.shape) if key == name else v for key, v in kept.items()}
+
+    def grads(self, number):
+        return [
+            torch.randn(p.shape, generator=generator(100 * number + i)).to(p.device, p.dtype)
+            for i, p in enumerate(self.params)
+        ]
+
+    def step(self, function, grads, **options):
+        lists = [[state[name] for state in self.moments] for name in moments.NAMES]
+        scales = [[moments.scale(state, name) for state in self.moments] for name in moments.NAMES]
+        return function(self.params, grads, *lists, self.steps, *scales, **options)
+
+
+PLAIN = {key: value for key, value in ADAM.items() if key != "scale"}
+
+
+@pytest.mark.parametrize("options", [{}, {"maximize": True}, {"correct_bias": False}], ids=str)
+@pytest.mark.parametrize("arithmetic", ["torch", "galore_torch", "bitsandbytes"])
+@pytest.mark.parametrize("state_dtype", [*STATE_DTYPES, torch.float64], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+def test_plain_step_equals_the_reference(device, dtype, state_dtype, arithmetic, options):
+    """Guards against any departure from the formulae, tiles of a large parameter and blocks included."""
+    if state_dtype == torch.float64 != dtype:
+        pytest.skip("fp64 moments are of fp64 weights")
+    mine = Plain(dtype, state_dtype, device)
+    theirs = copy.deepcopy(mine)
+    for number in range(4):
+        grads = mine.grads(number)
+        before = [g.clone() for g in grads]
+        mine.step(adamw_, grads, **PLAIN, arithmetic=arithmetic, **options)
+        assert all(torch.equal(g, b) for g, b in zip(grads, before, strict=True))
+        theirs.step(reference.adamw_, grads, **PLAIN, arithmetic=arithmetic, **options)
+        for p, q in zip(mine.params, theirs.params, strict=True):
+            accuracy = {torch.float64: 1e-6, torch.float32: 1e-5}.get(dtype, 2.0**-6)
+            if state_dtype == torch.uint8:  # a rounding that falls the other way is the width of a code
+                off = (p.double() - q.double()).abs()
+                assert float(off.max()) <= 0.02
+                assert float(off.mean()) <= accuracy
+            elif state_dtype == torch.bfloat16:
+                torch.testing.assert_close(p, q, rtol=0, atol=max(accuracy, 3e-3))
+            else:
+                torch.testing.assert_close(p, q, rtol=0, atol=accuracy)
+        assert [float(t) for t in mine.steps] == [number + 1.0] * 5
+
+
+def test_plain_step_opcheck(device):
+    """Guards against a schema that hides what is written."""
+    for state_dtype in (torch.float32, torch.uint8):
+        state = Plain(torch.float32, state_dtype, device)
+        lists = [[s[name] for s in state.moments] for name in moments.NAMES]
+        scales = [[moments.scale(s, name) for s in state.moments] for name in moments.NAMES]
+        torch.library.opcheck(
+            torch.ops.galore_rrf.adamw_.default,
+            (state.params, state.grads(0), *lists, *scales, state.steps),
+            dict(PLAIN),
+        )
+
+
+# --- The projected step -------------------------------------------------------------------------------
+
+
+def projected(dtype, state_dtype, device="cpu"):
+    parts = [((24, 37), 6, LEFT), ((37, 24), 5, RIGHT), ((3, 14, 11), 3, RIGHT), ((2, 9, 61), 5, LEFT)]
+    state = State(parts, dtype, device=device)
+    scales = {"exp_avg_scales": [], "exp_avg_sq_scales": []}
+    for name in moments.NAMES:
+        kept = [moments.kept(name, m, state_dtype) for m in getattr(state, f"{name}s")]
+        setattr(state, f"{name}s", [k[name] for k in kept])
+        scales[f"{name}_scales"] = [moments.scale(k, name) for k in kept]
+    return state, scales
+
+
+def decoded(state, scales, name):
+    return [
+        moments.values({name: m, f"{name}_scale": s}, name).double()
+        for m, s in zip(getattr(state, f"{name}s"), scales[f"{name}_scales"], strict=True)
+    ]
+
+
+@pytest.mark.parametrize("rotated", ["rotate", "keep"])
+@pytest.mark.parametrize("state_dtype", STATE_DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_projected_step_equals_the_reference(device, same_sketch, dtype, state_dtype, rotated):
+    """Guards against codes read in another order than they were written, of a side, a stack or a refresh."""
+    mine, my_scales = projected(dtype, state_dtype, device)
+    theirs, their_scales = copy.deepcopy((mine, my_scales))
+    for number, refresh in enumerate((0, -1, -1) if rotated == "keep" else (0, -1, 1, -1)):
+        grads = mine.grads(number)
+        given = None
+        outcomes = mine.step(projected_adamw_, grads, refresh, moments=rotated, **my_scales)
+        if rotated == "keep" and refresh >= 0:  # singular vectors have no sign
+            theirs.bases = [q.clone() for q in mine.bases]
+            given = [
+                g.to(q.dtype) @ q if side == RIGHT else q.mT @ g.to(q.dtype)
+                for g, q, side in zip(grads, mine.bases, mine.sides, strict=True)
+            ]
+        expected = theirs.step(
+            reference.projected_adamw_, grads, refresh, given, moments=rotated, **their_scales
+        )
+        assert outcomes == expected
+        for p, q in zip(mine.params, theirs.params, strict=True):
+            off = (p.double() - q.double()).abs()
+            assert float(off.max()) <= (0.03 if state_dtype != torch.float32 else 2.0**-6)
+            assert float(off.mean()) <= 2e-3
+        for name in moments.NAMES:
+            pairs = zip(decoded(mine, my_scales, name), decoded(theirs, their_scales, name), strict=True)
+            for a, b in pairs:
+                assert float((a - b).abs().max()) <= 0.03 * float(b.abs().max())
+                assert float((a - b).abs().mean()) <= 0.003 * float(b.abs().max())
+
+
+@pytest.mark.parametrize("state_dtype", STATE_DTYPES, ids=str)
+def test_stack_is_coded_as_its_matrices(device, state_dtype):
+    """Guards against blocks that straddle the matrices of a stack: threads share none."""
+    stack = State([((3, 14, 11), 3, RIGHT)], torch.float32, device=device)
+    singles = State([((14, 11), 3, RIGHT)] * 3, torch.float32, device=device)
+    singles.params = [w.clone() for w in stack.params[0]]
+    singles.keys = [stack.keys[0] + i for i in range(3)]
+    kept = {}
+    for state in (stack, singles):
+        scales = {}
+        for name in moments.NAMES:
+            entries = [moments.kept(name, m, state_dtype) for m in getattr(state, f"{name}s")]
+            setattr(state, f"{name}s", [e[name] for e in entries])
+            scales[f"{name}_scales"] = [moments.scale(e, name) for e in entries]
+        kept[state] = scales
+    for number, refresh in enumerate((0, -1, 1)):
+        grads = stack.grads(number)
+        stack.step(projected_adamw_, grads, refresh, **kept[stack])
+        singles.step(projected_adamw_, list(grads[0]), refresh, **kept[singles])
+    for w, v in zip(stack.params[0], singles.params, strict=True):
+        assert torch.equal(w, v)
+
+
+# --- The optimizer ------------------------------------------------------------------------------------
+
+KINDS = {
+    "projected": ((96, 160), {"rank": 48, "update_proj_gap": 3}),
+    "stack": ((2, 96, 160), {"rank": 48, "update_proj_gap": 3}),
+    "tolerance": ((96, 160), {"rank": 60, "tolerance": 0.3, "update_proj_gap": 2}),
+    "svd": ((96, 160), {"rank": 48, "projector": "svd", "update_proj_gap": 3}),
+    "published": ((96, 160), {"rank": 48, "preset": "published"}),
+    "plain": ((96, 160), {}),
+    "plain_stack": ((3, 50, 70), {}),
+}
+
+
+def make(kind, state_dtype, dtype=torch.float32):
+    shape, keys = KINDS[kind]
+    w = torch.nn.Parameter(torch.randn(shape, generator=generator(3)).to(dtype))
+    small = torch.nn.Parameter(torch.randn(7, 5, generator=generator(4)).to(dtype))
+    opt = GaLoreAdamW(
+        [{"params": [("w", w), ("small", small)], **keys, "state_dtype": state_dtype}],
+        lr=0.02,
+        betas=(0.8, 0.9),
+    )
+    return opt, w, small
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("state_dtype", STATE_DTYPES, ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_moments_are_kept_as_asked(kind, state_dtype, dtype):
+    """Guards against a dtype that is lost at a refresh, and codes of moments too small to be worth it."""
+    opt, w, small = make(kind, state_dtype, dtype)
+    keys = None
+    for step in range(5):
+        set_gradients([w, small], step)
+        opt.step()
+        state = opt.state[w]
+        keys = keys or set(state)
+        assert set(state) == keys
+        assert {state[name].dtype for name in moments.NAMES} == {state_dtype}
+        assert all(s in state for s in moments.SCALES) == (state_dtype == torch.uint8)
+        compute = torch.float64 if dtype == torch.float64 else torch.float32
+        expected = compute if state_dtype == torch.uint8 else state_dtype
+        assert opt.state[small]["exp_avg"].dtype == expected
+    assert w.isfinite().all()
+
+
+@pytest.mark.parametrize(("state_dtype", "allowed"), [(torch.bfloat16, 0.02), (torch.uint8, 0.05)], ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_trained_as_with_fp32_moments(kind, state_dtype, allowed):
+    """Guards against moments spoilt where they are read, rotated or written: the updates stay nearly the same."""
+    exact, w, small = make(kind, None)
+    start = w.detach().clone()
+    opt, v, small_too = make(kind, state_dtype)
+    for step in range(12):
+        set_gradients([w, small], step)
+        set_gradients([v, small_too], step)
+        exact.step()
+        opt.step()
+    assert float((v - w).detach().norm() / (w - start).detach().norm()) <= allowed
+    torch.testing.assert_close(small, small_too, rtol=0, atol=1e-3 if state_dtype == torch.uint8 else 0.02)
+
+
+@pytest.mark.parametrize("kind", ["projected", "plain"])
+def test_bytes_of_the_state(kind):
+    """Guards against codes beside which the full moments are kept: 8 bits and a sixty-fourth for the scale."""
+    size = {}
+    for state_dtype in (torch.float32, torch.bfloat16, torch.uint8):
+        opt, w, small = make(kind, state_dtype)
+        set_gradients([w, small], 0)
+        opt.step()
+        names = (*moments.NAMES, *moments.SCALES)
+        size[state_dtype] = sum(opt.state[w][k].nbytes for k in names if k in opt.state[w])
+    assert size[torch.bfloat16] == size[torch.float32] / 2
+    assert size[torch.uint8] == size[torch.float32] * (1 + 1 / 64) / 4
+
+
+@pytest.mark.parametrize("state_dtype", STATE_DTYPES, ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_resumed_to_the_bit(kind, state_dtype, dtype):
+    """Guards against codes or scales that loading casts to the dtype of the weight."""
+    opt, w, small = make(kind, state_dtype, dtype)
+    for step in range(4):
+        set_gradients([w, small], step)
+        opt.step()
+    file = io.BytesIO()
+    torch.save({"opt": opt.state_dict(), "w": w.detach().clone(), "small": small.detach().clone()}, file)
+    file.seek(0)
+    saved = torch.load(file, weights_only=True)
+    resumed, v, small_too = make(kind, state_dtype, dtype)
+    v.data.copy_(saved["w"])
+    small_too.data.copy_(saved["small"])
+    resumed.load_state_dict(saved["opt"])
+    copied = copy.deepcopy(opt)
+    for step in range(4, 8):
+        for o in (opt, resumed, copied):
+            set_gradients([p for g in o.param_groups for p in g["params"]], step)
+            o.step()
+    assert same(opt.state_dict()["state"], resumed.state_dict()["state"])
+    assert torch.equal(w, v)
+    assert torch.equal(w, copied.param_groups[0]["params"][0])
+
+
+@pytest.mark.parametrize("strides", ["transposed", "channels_last"])
+def test_plain_weights_of_other_layouts(strides):
+    """Guards against weights stepped in a copy that is thrown away."""
+    shape = (60, 80) if strides == "transposed" else (20, 8, 6, 6)
+    w = torch.randn(shape, generator=generator(5))
+    moved = w.mT.contiguous().mT if strides == "transposed" else w.to(memory_format=torch.channels_last)
+    assert not moved.is_contiguous()
+    plain, other = torch.nn.Parameter(w.clone()), torch.nn.Parameter(moved)
+    opts = [GaLoreAdamW([p], state_dtype=torch.uint8, lr=0.1) for p in (plain, other)]
+    for step, (p, opt) in itertools.product(range(3), zip((plain, other), opts, strict=True)):
+        p.grad = gradient(shape, step)
+        opt.step()
+    assert torch.equal(plain, other)
+    assert not torch.equal(plain, w)
+
+
+@pytest.mark.parametrize("beta2", [0.9, 0.999])
+def test_plain_bf16_weights_with_fp32_moments_equal_torchs_in_fp32(beta2):
+    """Guards against moments rounded on their way: torch's AdamW on the weights in fp32, rounded once a step."""
+    w = torch.nn.Parameter(torch.randn(300, 40, generator=generator(6)).bfloat16())
+    opt = GaLoreAdamW([w], lr=0.01, betas=(0.9, beta2), state_dtype=torch.float32)
+    mirror = torch.nn.Parameter(w.detach().float())
+    adamw = torch.optim.AdamW([mirror], lr=0.01, betas=(0.9, beta2))
+    for step in range(6):
+        w.grad = gradient((300, 40), step, torch.bfloat16)
+        mirror.grad = w.grad.float()
+        opt.step()
+        adamw.step()
+        mirror.data.copy_(mirror.data.bfloat16())
+    assert float((w.float() - mirror).detach().abs().max()) <= 2.0**-8
+    assert float((w.float() != mirror).float().mean()) < 0.01  # roundings that fell the other way
+    torch.testing.assert_close(
+        opt.state[w]["exp_avg_sq"], adamw.state[mirror]["exp_avg_sq"], rtol=1e-5, atol=0
+    )
+
+
+@pytest.mark.parametrize(
+    ("keys", "error", "message"),
+    [
+        ({"state_dtype": torch.float16}, ValueError, r"Invalid state_dtype: torch.float16 \(must be one of"),
+        ({"state_dtype": "8bit"}, ValueError, "Invalid state_dtype: '8bit'"),
+        ({"state_dtype": torch.uint8, "amsgrad": True}, ValueError, "Invalid amsgrad: True .*state_dtype"),
+        ({"arithmetic": "galore_torch", "differentiable": True}, ValueError, "Invalid differentiable: True"),
+    ],
+)
+def test_refused(keys, error, message):
+    """Guards against keys that are dropped in silence."""
+    with pytest.raises(error, match=message):
+        GaLoreAdamW([torch.nn.Parameter(torch.zeros(9, 9))], **keys)
+
+
+def test_sparse_and_complex_are_refused():
+    """Guards against a crash in the operator, or half a step."""
+    with pytest.raises(TypeError, match="complex64"):
+        GaLoreAdamW([torch.nn.Parameter(torch.zeros(99, 99, dtype=torch.complex64))], state_dtype=torch.uint8)
+    p = torch.nn.Parameter(torch.zeros(99, 99))
+    opt = GaLoreAdamW([p], state_dtype=torch.uint8)
+    p.grad = torch.ones(99, 99).to_sparse()
+    with pytest.raises(RuntimeError, match="sparse"):
+        opt.step()
+    assert not opt.state[p]
+
+
+def test_scaled_gradients_are_unscaled_and_skipped():
+    """Guards against GradScaler with fused=True, which leaves both to the optimizer."""
+    opt, w, small = make("plain", torch.uint8)
+    mirror, v, small_too = make("plain", torch.uint8)
+    for o in (opt, mirror):
+        o.param_groups[0]["fused"] = True
+    set_gradients([w, small], 0)
+    set_gradients([v, small_too], 0)
+    w.grad *= 8
+    small.grad *= 8
+    opt.grad_scale, opt.found_inf = torch.tensor(8.0), torch.tensor(0.0)
+    opt.step()
+    mirror.step()
+    assert torch.equal(w, v)
+    opt.found_inf = torch.tensor(1.0)
+    before = w.detach().clone()
+    set_gradients([w, small], 1)
+    opt.step()
+    assert torch.equal(w, before)
+    assert float(opt.state[w]["step"]) == 1
