@@ -95,6 +95,20 @@ def test_projected_adamw_takes_their_trajectory(shape, proj_type, options, keys,
     assert opt.state[p]["refreshes"] == math.ceil(20 / keys["update_proj_gap"])
 
 
+@pytest.mark.parametrize(("ours", "options"), [(GaLoreAdamW, {"lr": 0.02}), (GaLoreAdafactor, {})])
+@pytest.mark.parametrize("shape", ["row", "short"])
+def test_reverse_std_of_a_wide_matrix_at_full_rank_is_right(shape, ours, options):
+    """Guards against their failure there: back-projection is told by shapes alone, which are those of left."""
+    ends = []
+    for proj_type in ("reverse_std", "right"):
+        p = torch.nn.Parameter(gradient(SHAPES[shape], 99))
+        opt = ours([{"params": [p], "rank": RANK, "proj_type": proj_type}], **options)
+        train(opt, [p], range(3))
+        ends.append(p.detach())
+    assert torch.equal(*ends)
+    assert not torch.equal(ends[0], gradient(SHAPES[shape], 99))
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("options", [options for options, _ in ADAMW.values()], ids=ADAMW)
 def test_plain_adamw_takes_their_trajectory(options, dtype):
