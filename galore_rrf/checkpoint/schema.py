@@ -1,0 +1,233 @@
+"""The schema of a state dict, checked before anything is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
+from math import ceil, prod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from galore_rrf import moments
+from galore_rrf.subspace import (
+    LEFT,
+    RIGHT,
+    SCHEMA_VERSION,
+    STATE_KEYS,
+    as_matrices,
+    compute_dtype,
+    is_projected,
+    resolve,
+    state_shapes,
+)
+
+_INTS = STATE_KEYS[4:]
+_IMPORT = (
+    "galore_rrf.checkpoint.from_torch_adamw and from_galore_torch make a state dict that loads of those "
+    "optimizers'"
+)
+
+
+def completed_groups(
+    groups: Sequence[Mapping[str, Any]], saved: Sequence[Mapping[str, Any]]
+) -> list[dict[str, Any]]:
+    """The saved groups, those of a plain torch.optim.AdamW with the subspace keys of `groups` added.
+
+    Raises ValueError for a schema version that this package does not know.
+    """
+    completed = []
+    for own, loaded in zip(groups, saved, strict=True):
+        version = loaded.get("schema_version")
+        if version is None:
+            keys = {**resolve(own), "schema_version": SCHEMA_VERSION}
+            completed.append({**loaded, **keys})
+            continue
+        if version != SCHEMA_VERSION:
+            raise ValueError(
+                f"Invalid schema_version: {version!r} (this galore_rrf reads {SCHEMA_VERSION}; later ones "
+                "need the galore_rrf that wrote them)"
+            )
+        completed.append({**loaded, **resolve(loaded)})
+    return completed
+
+
+def check_sizes(groups: Sequence[Mapping[str, Any]], saved: Sequence[Mapping[str, Any]]) -> None:
+    """Raises ValueError where the groups or their numbers of parameters differ."""
+    sizes = [len(g["params"]) for g in groups], [len(g["params"]) for g in saved]
+    if sizes[0] != sizes[1]:
+        foreign = not any("schema_version" in g for g in saved)
+        raise ValueError(
+            f"the state dict has parameter groups of {sizes[1]} parameters, the optimizer of {sizes[0]}"
+            + (f"; {_IMPORT}" if foreign else "")
+        )
+    ids = list(chain.from_iterable(g["params"] for g in saved))
+    if len(set(ids)) != len(ids):
+        raise ValueError("the state dict names a parameter in two places")
+
+
+def checked_states(
+    groups: Sequence[Mapping[str, Any]], saved_groups: Sequence[Mapping[str, Any]], state: Mapping[Any, Any]
+) -> Iterator[tuple[Tensor, dict[str, Any]]]:
+    """Checks every saved state against its parameter and yields those that are not torch's, ready for use.
+
+    `groups` are the optimizer's own, `saved_groups` complete, `state` that of the state dict.  Tensors are
+    copies, on the parameter's device and in the dtype that they have while training.
+    Raises ValueError naming the parameter and what is wrong.
+    """
+    for own, saved in zip(groups, saved_groups, strict=True):
+        names = own.get("param_names") or saved.get("param_names") or []
+        for i, (p, saved_id) in enumerate(zip(own["params"], saved["params"], strict=True)):
+            if not state.get(saved_id):
+                continue
+            name = repr(names[i]) if i < len(names) else f"parameter {saved_id}"
+            if is_projected(p, saved["rank"]):
+                check_projected_state(name, p, state[saved_id])
+                yield p, _projected_state(p, state[saved_id], saved["state_dtype"])
+            else:
+                check_plain_state(name, p, state[saved_id], amsgrad=saved.get("amsgrad", False))
+                if not _torch_loads(p, state[saved_id], saved):
+                    yield p, _plain_state(p, state[saved_id], saved["state_dtype"])
+
+
+# --- Checks -------------------------------------------------------------------------------------------
+
+
+def check_projected_state(name: str, p: Tensor, saved: Mapping[str, Any]) -> None:
+    """Raises ValueError unless `saved` is a state of the projected parameter `p`."""
+    missing = [key for key in STATE_KEYS if key not in saved]
+    if missing:
+        foreign = "exp_avg" in saved and "basis" in missing
+        raise ValueError(
+            f"the state of {name}, which is projected, lacks {', '.join(missing)}"
+            + (f"; it looks like plain AdamW's or galore_torch's: {_IMPORT}" if foreign else "")
+        )
+    unknown = [str(key) for key in saved if key not in (*STATE_KEYS, *moments.SCALES)]
+    if unknown:
+        raise ValueError(f"the state of {name} has unknown keys {', '.join(unknown)}")
+    for key in _INTS:
+        value = saved[key]
+        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+            raise ValueError(f"{key} of {name} must be an integer, not negative, got {value!r}")
+    if saved["side"] not in (RIGHT, LEFT):
+        raise ValueError(f"side of {name} must be 0 (right) or 1 (left), got {saved['side']}")
+    if saved["rank"] < 1:
+        raise ValueError(f"rank of {name} must be positive, got {saved['rank']}")
+    if not isinstance(saved["step"], Tensor):
+        raise ValueError(f"step of {name} must be a tensor, got {_kind(saved['step'])}")
+    _check_step(name, saved["step"])
+    shape, basis = state_shapes(as_matrices(p), saved["side"], saved["rank"])
+    needs = f"a parameter of shape {tuple(p.shape)} at rank {saved['rank']}"
+    _check_moments(name, saved, shape, needs)
+    _check_tensor(f"basis of {name}", saved["basis"], basis, needs)
+
+
+def check_plain_state(name: str, p: Tensor, saved: Mapping[str, Any], *, amsgrad: bool = False) -> None:
+    """Raises ValueError unless `saved` is a state of the parameter `p` under AdamW."""
+    if "basis" in saved or "projector" in saved:
+        raise ValueError(f"the state of {name} is projected, where one of plain AdamW is expected")
+    names = (*moments.NAMES, "max_exp_avg_sq") if amsgrad else moments.NAMES
+    missing = [key for key in ("step", *names) if key not in saved]
+    if missing:
+        raise ValueError(f"the state of {name} lacks {', '.join(missing)}")
+    _check_step(name, saved["step"])
+    _check_moments(name, saved, tuple(p.shape), "the parameter", scale=(ceil(p.numel() / moments.BLOCK),))
+    if amsgrad:
+        _check_tensor(f"max_exp_avg_sq of {name}", saved["max_exp_avg_sq"], tuple(p.shape), "the parameter")
+
+
+def _check_step(name: str, step: object) -> None:
+    """A number will do: torch converts those of old checkpoints."""
+    if isinstance(step, Tensor):
+        if not step.is_floating_point() or step.numel() != 1:
+            raise ValueError(f"step of {name} must be one floating-point number, got {_kind(step)}")
+    elif isinstance(step, bool) or not isinstance(step, (int, float)):
+        raise ValueError(f"step of {name} must be a tensor, got {_kind(step)}")
+    if not (float(step) >= 0 and float(step).is_integer()):
+        raise ValueError(f"step of {name} must be a whole number, not negative, got {float(step)}")
+
+
+def _check_moments(
+    name: str,
+    saved: Mapping[str, Any],
+    shape: tuple[int, ...],
+    needs: str,
+    scale: tuple[int, ...] | None = None,
+) -> None:
+    for key in moments.NAMES:
+        coded = isinstance(saved[key], Tensor) and saved[key].dtype == moments.CODES
+        _check_tensor(f"{key} of {name}", saved[key], shape, needs, coded=coded)
+        scale_key = f"{key}_scale"
+        if coded != (scale_key in saved):
+            is_so = "8-bit" if coded else "not 8-bit"
+            raise ValueError(
+                f"{key} of {name} is {is_so}, but the state has {'no' if coded else 'a'} {scale_key}"
+            )
+        if coded:
+            blocks = scale or (*shape[:-2], ceil(prod(shape[-2:]) / moments.BLOCK))
+            _check_tensor(f"{scale_key} of {name}", saved[scale_key], blocks, f"{key} of shape {shape}")
+
+
+def _check_tensor(
+    what: str, value: object, shape: tuple[int, ...], needs: str, *, coded: bool = False
+) -> None:
+    if not isinstance(value, Tensor) or not (coded or value.is_floating_point() or value.is_complex()):
+        raise ValueError(f"{what} must be a floating-point tensor, got {_kind(value)}")
+    if tuple(value.shape) != shape:
+        raise ValueError(f"{what} has shape {tuple(value.shape)}, but {needs} needs {shape}")
+
+
+def _kind(value: object) -> str:
+    if isinstance(value, Tensor):
+        return f"a {value.dtype} tensor of shape {tuple(value.shape)}"
+    return type(value).__name__
+
+
+# --- Conversion ---------------------------------------------------------------------------------------
+
+
+def _torch_loads(p: Tensor, saved: Mapping[str, Any], group: Mapping[str, Any]) -> bool:
+    """Whether torch's own loading, which casts moments to the dtype of the weight, does right."""
+    dtype = moments.kept_dtype(p.numel(), group["state_dtype"], compute_dtype(p))
+    plain = group["arithmetic"] == "torch" and (group["state_dtype"] is None or dtype == p.dtype)
+    return plain and saved["exp_avg"].dtype != moments.CODES
+
+
+def _projected_state(p: Tensor, saved: Mapping[str, Any], state_dtype: torch.dtype | None) -> dict[str, Any]:
+    return {
+        "step": _step(saved),
+        **_moments(p, saved, state_dtype),
+        "basis": _copy(p, saved["basis"], p.dtype),
+        **{key: saved[key] for key in _INTS},
+    }
+
+
+def _plain_state(p: Tensor, saved: Mapping[str, Any], state_dtype: torch.dtype | None) -> dict[str, Any]:
+    flat = {**saved, **{name: saved[name].reshape(-1) for name in moments.NAMES}}  # as plain ones are coded
+    kept = _moments(p, flat, state_dtype)
+    return {"step": _step(saved), **kept, **{name: kept[name].view(p.shape) for name in moments.NAMES}}
+
+
+def _moments(p: Tensor, saved: Mapping[str, Any], state_dtype: torch.dtype | None) -> dict[str, Tensor]:
+    """Both moments as their group keeps them; codes stay as they are where it keeps codes."""
+    entries: dict[str, Tensor] = {}
+    for name in moments.NAMES:
+        moment = saved[name]
+        if moment.dtype == state_dtype == moments.CODES:
+            scale = f"{name}_scale"
+            entries[name] = _copy(p, moment, moment.dtype)
+            entries[scale] = _copy(p, saved[scale], torch.float32)
+            continue
+        values = _copy(p, moments.values(saved, name), compute_dtype(p))
+        dtype = moments.kept_dtype(values.numel(), state_dtype, values.dtype)
+        entries |= moments.kept(name, values, dtype)
+    return entries
+
+
+def _step(saved: Mapping[str, Any]) -> Tensor:
+    return torch.tensor(float(saved["step"]), dtype=torch.float32)
+
+
+def _copy(p: Tensor, value: Tensor, dtype: torch.dtype) -> Tensor:
+    return value.detach().to(device=p.device, dtype=dtype, copy=True).contiguous()
