@@ -2,14 +2,11 @@
 
 import copy
 import pickle
+from pathlib import Path
 
 import pytest
 import torch
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_optimizer_state_dict,
-    set_optimizer_state_dict,
-)
+from state_v1 import write as state_v1
 from torch.optim import AdamW
 from training import (
     KINDS,
@@ -25,7 +22,7 @@ from training import (
     weight,
 )
 
-from galore_rrf import GaLoreAdamW, param_groups
+from galore_rrf import GaLoreAdamW, moments
 from galore_rrf.subspace import SCHEMA_VERSION, STATE_KEYS
 
 
@@ -86,28 +83,6 @@ def test_state_dict_loads_without_arbitrary_objects_and_has_plain_types():
     assert all(g["schema_version"] == SCHEMA_VERSION for g in state_dict["param_groups"])
 
 
-@pytest.mark.parametrize("flatten", [False, True])
-def test_state_dict_through_torchs_distributed_form(flatten):
-    """Guards against a state that torch.distributed.checkpoint cannot flatten and put back."""
-
-    def model():
-        torch.manual_seed(0)
-        return torch.nn.ModuleDict({"mlp": torch.nn.Linear(16, 24), "head": torch.nn.Linear(24, 16)})
-
-    first, second = model(), model()
-    one, two = (GaLoreAdamW(param_groups(m, 4, update_proj_gap=3), lr=0.05) for m in (first, second))
-    train(one, list(first.parameters()), range(4))
-    options = StateDictOptions(flatten_optimizer_state_dict=flatten)
-    saved = saved_and_loaded(get_optimizer_state_dict(first, one, options=options))
-    second.load_state_dict(first.state_dict())
-    set_optimizer_state_dict(second, two, saved, options=options)
-    train(one, list(first.parameters()), range(4, 8))
-    train(two, list(second.parameters()), range(4, 8))
-    assert same([p.detach() for p in first.parameters()], [p.detach() for p in second.parameters()])
-    for p, q in zip(params_of(one), params_of(two), strict=True):
-        assert same(dict(one.state[p]), dict(two.state[q]))
-
-
 def test_fp32_moments_of_bf16_weights_stay_fp32_to_the_bit():
     """Guards against torch's load_state_dict, which casts the state to the weight's dtype."""
     opt = started("bf16", 5)
@@ -118,6 +93,81 @@ def test_fp32_moments_of_bf16_weights_stay_fp32_to_the_bit():
     state = other.state[params_of(other)[0]]
     assert state["exp_avg"].dtype == torch.float32
     assert same(dict(state), before)
+
+
+@pytest.mark.parametrize(
+    ("weights", "options", "kept"),
+    [
+        (torch.float32, {"state_dtype": torch.bfloat16}, torch.bfloat16),
+        (torch.float32, {"state_dtype": torch.uint8}, torch.uint8),
+        (torch.bfloat16, {"state_dtype": torch.float32}, torch.float32),
+        (torch.bfloat16, {"arithmetic": "galore_torch"}, torch.float32),
+    ],
+    ids=["bf16", "8bit", "fp32", "galore_torch"],
+)
+@pytest.mark.parametrize("shape", [(80, 96), (2, 80, 96)], ids=["matrix", "stack"])
+def test_moments_of_any_dtype_resume_to_the_bit(shape, weights, options, kept):
+    """Guards against moments cast on the way to the dtype of the weights, plain ones among them."""
+
+    def pair():
+        generator = torch.Generator().manual_seed(0)
+        params = [
+            torch.nn.Parameter(torch.randn(s, generator=generator).to(weights)) for s in (shape, (2, 50, 44))
+        ]
+        groups = [{"params": params[:1], "rank": 64, "update_proj_gap": 3}, {"params": params[1:]}]
+        return params, GaLoreAdamW(groups, lr=0.05, **options)
+
+    params, opt = pair()
+    train(opt, params, range(4))
+    assert all(opt.state[p]["exp_avg"].dtype == kept for p in params)
+    others, resumed = pair()
+    with torch.no_grad():
+        for p, q in zip(params, others, strict=True):
+            q.copy_(p)
+    resumed.load_state_dict(saved_and_loaded(opt.state_dict()))
+    assert same(snapshot(opt), snapshot(resumed))
+    for each, its in ((params, opt), (others, resumed)):
+        train(its, each, range(4, 8))
+    assert same(snapshot(opt), snapshot(resumed))
+
+
+WITHIN = {torch.float32: 0.0, torch.bfloat16: 2**-8, torch.uint8: 0.02}  # of the largest entry
+
+
+@pytest.mark.parametrize("before", WITHIN, ids=str)
+@pytest.mark.parametrize("after", WITHIN, ids=str)
+def test_moments_are_converted_to_the_dtype_that_the_group_asks_for(before, after):
+    """Guards against codes read as numbers, or moments kept in a dtype that costs more than was asked for."""
+    shapes = (2, 80, 96), (70, 64)
+    params = [torch.nn.Parameter(torch.ones(s)) for s in shapes]
+    groups = [{"params": params[:1], "rank": 64}, {"params": params[1:]}]
+    opt = GaLoreAdamW(groups, lr=0.05, state_dtype=before)
+    train(opt, params, range(3))
+    saved = opt.state_dict()
+    saved["param_groups"] = [{**group, "state_dtype": after} for group in saved["param_groups"]]
+    old = [dict(opt.state[p]) for p in params]
+    opt.load_state_dict(saved)
+    for then, now in zip(old, (opt.state[p] for p in params), strict=True):
+        for key in moments.NAMES:
+            assert now[key].dtype == after
+            assert (f"{key}_scale" in now) == (after == torch.uint8)
+            a, b = (moments.values(state, key).float() for state in (then, now))
+            assert (b - a).abs().max() <= WITHIN[after] * a.abs().max()
+            assert a.abs().max() > 0
+    train(opt, params, range(3, 5))
+    assert all(p.isfinite().all() for p in params)
+
+
+def test_state_of_a_parameter_that_was_only_looked_at():
+    """Guards against a checkpoint that does not load since opt.state[p] makes an empty state."""
+    opt = started("default", 0)
+    for p in params_of(opt):
+        assert not opt.state[p]
+    other = started("default", 0)
+    other.load_state_dict(saved_and_loaded(opt.state_dict()))
+    for each in (opt, other):
+        train(each, params_of(each), range(2))
+    assert same(snapshot(opt), snapshot(other))
 
 
 def test_loaded_tensors_are_copies():
@@ -169,16 +219,44 @@ def edit(key, value):
     return change
 
 
-def drop(key):
+def edit_plain(key, value):
     def change(saved):
-        del saved["state"][0][key]
+        saved["state"][1][key] = value
 
     return change
+
+
+def drop(key, parameter=0):
+    def change(saved):
+        del saved["state"][parameter][key]
+
+    return change
+
+
+def codes(scale):
+    def change(saved):
+        state = saved["state"][0]
+        state["exp_avg"] = torch.zeros_like(state["exp_avg"], dtype=torch.uint8)
+        if scale is not None:
+            state["exp_avg_scale"] = scale
+
+    return change
+
+
+class Foreign:
+    """What a state should not hold."""
 
 
 def edit_group(**keys):
     def change(saved):
         saved["param_groups"][0].update(keys)
+
+    return change
+
+
+def edit_plain_group(**keys):
+    def change(saved):
+        saved["param_groups"][1].update(keys)
 
     return change
 
@@ -212,6 +290,7 @@ def a_plain_state_of_another_shape(saved):
     saved["state"][1]["exp_avg"] = torch.zeros(6)
 
 
+STEPS = (-1.0, 0.5, float("nan"), float("inf"))
 REFUSED = {
     **{f"no_{key}": (drop(key), f"'w'.*{key}") for key in STATE_KEYS},
     **{f"{key}_list": (edit(key, [1.0]), f"{key} of 'w'") for key in STATE_KEYS},
@@ -220,10 +299,29 @@ REFUSED = {
     **{f"{key}_bool": (edit(key, True), f"{key} of 'w'") for key in STATE_KEYS[4:]},
     **{f"{key}_tensor": (edit(key, torch.tensor(1)), f"{key} of 'w'") for key in STATE_KEYS[4:]},
     **{f"{key}_negative": (edit(key, -1), f"{key} of 'w'") for key in STATE_KEYS[4:]},
+    **{f"{key}_object": (edit(key, Foreign()), f"{key} of 'w'.*Foreign") for key in STATE_KEYS},
+    **{f"step_{x}": (edit("step", torch.tensor(x)), "step of 'w' must be a whole") for x in STEPS},
+    "codes_alone": (codes(None), "exp_avg of 'w' is 8-bit, but the state has no exp_avg_scale"),
+    "codes_and_more_scales": (codes(torch.ones(2)), "exp_avg_scale of 'w' has shape"),
+    "codes_and_integers": (codes(torch.ones(1, dtype=torch.int32)), "exp_avg_scale of 'w' must be"),
+    "scale_alone": (edit("exp_avg_sq_scale", torch.ones(1)), "exp_avg_sq of 'w' is not 8-bit"),
+    **{f"plain_no_{key}": (drop(key, 1), f"'b' lacks {key}") for key in STATE_KEYS[:3]},
+    **{f"plain_{key}_list": (edit_plain(key, [1.0]), f"{key} of 'b'") for key in STATE_KEYS[:3]},
+    **{
+        f"plain_{key}_object": (edit_plain(key, Foreign()), f"{key} of 'b'.*Foreign")
+        for key in STATE_KEYS[:3]
+    },
+    **{
+        f"plain_step_{x}": (edit_plain("step", torch.tensor(x)), "step of 'b' must be a whole") for x in STEPS
+    },
+    "plain_int": (edit_plain("exp_avg", torch.ones(5).long()), "exp_avg of 'b'"),
+    "plain_codes": (edit_plain("exp_avg", torch.ones(5).byte()), "exp_avg of 'b' is 8-bit"),
+    "plain_amsgrad": (edit_plain_group(amsgrad=True), "'b' lacks max_exp_avg_sq"),
     "rank_zero": (edit("rank", 0), "rank of 'w'"),
     "other_rank": (edit("rank", 5), "of 'w' has shape"),
     "side_2": (edit("side", 2), "side of 'w'"),
     "other_side": (edit("side", 1), "of 'w' has shape"),
+    "step_whole": (edit("step", torch.tensor(3)), "step of 'w' must be one floating"),
     "steps": (edit("step", torch.zeros(2)), "step of 'w'"),
     "unknown_key": (edit("color", 1), "'w'.*color"),
     "other_shape": (another_shape, "exp_avg of 'w' has shape"),
@@ -232,7 +330,7 @@ REFUSED = {
     "fewer": (fewer_parameters, "groups of"),
     "group": (a_group_less, "groups of"),
     "twice": (the_same_parameter_twice, "two places"),
-    "plain_adamw": (plain_adamws, "'w'.*plain AdamW"),
+    "plain_adamw": (plain_adamws, r"'w'.*plain AdamW.*galore_rrf\.checkpoint\.from_torch_adamw"),
     "projected": (a_projected_state_for_a_plain_parameter, "'b'"),
     "plain_shape": (a_plain_state_of_another_shape, "exp_avg of 'b'"),
     "rank_none": (edit_group(rank=None), "'w'"),
@@ -268,14 +366,16 @@ def test_refusal_of_an_unnamed_parameter_says_its_number():
 
 
 def test_checkpoint_of_torch_adamw_is_refused_where_parameters_are_projected():
-    """Guards against full moments read as projected ones."""
+    """Guards against full moments read as projected ones, and a refusal that leaves the user there."""
     w, b = weight("default"), bias()
     theirs = AdamW([{"params": [w]}, {"params": [b]}])
     train(theirs, [w, b], range(2))
     opt = started("default", 1)
     before = snapshot(opt)
-    with pytest.raises(ValueError, match=r"'w'.*plain AdamW"):
+    with pytest.raises(ValueError, match=r"'w'.*plain AdamW.*from_torch_adamw"):
         opt.load_state_dict(theirs.state_dict())
+    with pytest.raises(ValueError, match=r"groups of \[2\].*from_torch_adamw"):
+        opt.load_state_dict(AdamW([w, b]).state_dict())
     assert same(snapshot(opt), before)
 
 
@@ -311,3 +411,30 @@ def test_load_hooks_see_the_state_as_it_will_train():
     opt.load_state_dict(opt.state_dict())
     assert seen[0].dtype == torch.float32
     assert torch.equal(seen[0], expected)
+
+
+# --- Files of version 1 ---------------------------------------------------------------------------------
+
+FILES = sorted((Path(__file__).parent / "state_v1").glob("*.pt"))
+
+
+def test_every_file_of_version_1_is_there():
+    """Guards against files that are lost: parametrised over none, the test below passes."""
+    assert {path.stem for path in FILES} == set(state_v1.KINDS)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_file_of_version_1_continues_as_it_did(path):
+    """Guards against a change that leaves behind the checkpoints that users have.
+
+    The bits may differ by machine; a difference is measured against the way that the weights went.
+    """
+    saved = torch.load(path, weights_only=True)
+    assert all(group["schema_version"] == 1 for group in saved["state_dict"]["param_groups"])
+    weights = [torch.nn.Parameter(w.clone()) for w in saved["weights"]]
+    opt = state_v1.optimizer(weights, {"rank": 2})  # all else is in the file
+    opt.load_state_dict(saved["state_dict"])
+    state_v1.train(opt, range(state_v1.BEFORE, state_v1.BEFORE + state_v1.AFTER))
+    tolerance = 0.05 if weights[0].dtype == torch.bfloat16 else 1e-4
+    for w, before, after in zip(weights, saved["weights"], saved["continued"], strict=True):
+        assert (w - after).norm() <= tolerance * (after - before).norm()
