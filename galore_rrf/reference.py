@@ -442,8 +442,11 @@ def quantize_moment(moment: Tensor, is_signed: bool) -> tuple[Tensor, Tensor]:
     padded = torch.nn.functional.pad(pieces.float(), (0, -pieces.shape[1] % 256)).unflatten(1, (-1, 256))
     scale = padded.abs().amax(-1)
     relative = padded / torch.where(scale == 0, 1, scale).unsqueeze(-1)
-    code = dynamic_code(is_signed)
-    codes = torch.bucketize(relative, (code[1:] + code[:-1]) / 2).to(torch.uint8)
+    magnitudes = dynamic_code(is_signed)[127 if is_signed else 0 :]
+    codes = torch.bucketize(relative.abs(), (magnitudes[1:] + magnitudes[:-1]) / 2)
+    if is_signed:  # -1 is no code
+        codes = torch.where(relative < 0, 127 - codes.clamp(max=127), 127 + codes)
+    codes = codes.to(torch.uint8)
     codes = codes.flatten(1)[:, : pieces.shape[1]].reshape(moment.shape)
     return codes, scale if moment.dim() == 3 else scale[0]
 
@@ -606,6 +609,9 @@ def projected_adamw_(
             r, outcome = given.to(dtype), REFRESHED
         elif refresh >= 0 or not known:
             new_q, r, status = new_subspace(g.mT if side == 0 else g, q, known, key, max(refresh, 0))
+            if known and moments == "keep":  # singular vectors have no sign: that of the previous ones
+                signs = torch.where((new_q * q).sum(0) < 0, -1, 1)
+                new_q, r = new_q * signs, r * signs.unsqueeze(1)
             r = r.mT if side == 0 else r
             outcome = REFRESHED
             if status == ZERO:

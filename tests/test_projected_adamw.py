@@ -169,6 +169,24 @@ def test_vectors(device, same_sketch, shape, side):
     follow(State([(shape, 1, side)], device=device), 1e-8)
 
 
+@pytest.mark.parametrize("sketch", ["plain", "half_power", "power"])
+@pytest.mark.parametrize("side", [RIGHT, LEFT])
+def test_kept_moments_find_their_columns(device, side, sketch):
+    """Guards against columns that change sign from refresh to refresh, under moments that are kept."""
+    state = State([((40, 60), 4, side)], device=device)
+    g = torch.randn(40, 60, generator=generator(5), dtype=torch.float64)
+    u, s, vh = torch.linalg.svd(g, full_matrices=False)
+    g = (u * 2.0 ** -torch.arange(40)) @ vh
+    for number in range(6):
+        before = state.bases[0].clone()
+        state.step(
+            projected_adamw_, [g.to(device) * (1 + number)], number,
+            moments="keep", sketch=sketch, oversampling=8,
+        )  # fmt: skip
+        if number > 0:
+            assert float((before * state.bases[0]).sum(0).min()) > 0.9
+
+
 def test_full_rank_is_adamw(device):
     """Guards against an arithmetic that only resembles torch.optim.AdamW's: in the basis I they are one."""
     state = State([((9, 9), 9, RIGHT), ((9, 9), 9, LEFT)], device=device)

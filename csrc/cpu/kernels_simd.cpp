@@ -81,7 +81,7 @@ void variance_to_moments_range(double* __restrict m, double* __restrict v, const
 GALORE_RRF_SIMD_CLONES
 void decode_block(float* __restrict out, const uint8_t* __restrict codes, float scale, int64_t n,
                   const DynamicCode& code) {
-  for (int64_t i = 0; i < n; ++i) out[i] = code.value[codes[i]] * scale;
+  for (int64_t i = 0; i < n; ++i) out[i] = code.value(codes[i]) * scale;
 }
 
 GALORE_RRF_SIMD_CLONES
@@ -95,7 +95,7 @@ void encode_block(uint8_t* __restrict codes, float* __restrict scale, const floa
   }
   *scale = std::bit_cast<float>(largest);
   const float divisor = largest == 0 ? 1 : *scale;
-  for (int64_t i = 0; i < n; ++i) codes[i] = nearest_code(in[i] / divisor, code.boundary);
+  for (int64_t i = 0; i < n; ++i) codes[i] = code.nearest(in[i] / divisor);
 }
 
 namespace {

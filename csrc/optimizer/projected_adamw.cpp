@@ -83,6 +83,15 @@ void store(const StoredMoment& moment, const at::Tensor& values, MomentKind kind
   if (!values.is_same(moment.values)) kernels_for(values).store_moment(moment, values, kind);
 }
 
+// Singular vectors have no sign: each column, and its row of the projected gradient, gets the one that goes
+// with the previous column, since kept moments are read on in it.
+void align_signs_(const at::Tensor& basis, const at::Tensor& projected, const at::Tensor& previous) {
+  const at::Tensor signs = basis.mul(previous).sum(0).lt(0).to(basis.scalar_type()).mul_(-2).add_(1);
+  at::Tensor columns = basis, rows = projected;
+  columns.mul_(signs);
+  rows.mul_(signs.unsqueeze(1));
+}
+
 class Step {
  public:
   Step(const AdamWOptions& adamw, const RefreshOptions& refresh) : adamw_(adamw), refresh_(refresh) {}
@@ -143,6 +152,7 @@ class Step {
       return Outcome::stepped;
     }
     if (status == Status::nonfinite || !finite(projected)) return Outcome::skipped;
+    if (known && refresh_.moments == Moments::keep) align_signs_(basis, projected, x.basis);
     if (known && refresh_.moments == Moments::rotate && x.step > 0) {
       const at::Tensor s = basis.mT().matmul(x.basis.to(basis.scalar_type()));
       const at::Tensor mean = loaded(x.exp_avg, MomentKind::exp_avg, s.scalar_type());

@@ -174,12 +174,14 @@ TEST_CASE("adam_range equals the element at every length and instruction set") {
 
 TEST_CASE("codes ascend, and are their own negatives where signed") {
   for (const DynamicCode* code : {&kSignedCode, &kUnsignedCode}) {
-    for (int i = 0; i < 255; ++i) CHECK(code->value[i] < code->value[i + 1]);
-    CHECK(code->value[255] == 1.0f);
+    for (int i = 0; i < 255; ++i)
+      CHECK(code->value(static_cast<uint8_t>(i)) < code->value(static_cast<uint8_t>(i + 1)));
+    CHECK(code->value(255) == 1.0f);
   }
-  for (int i = 0; i < 255; ++i) CHECK(kSignedCode.value[i] == -kSignedCode.value[254 - i]);
-  CHECK(kSignedCode.value[127] == 0.0f);
-  CHECK(kUnsignedCode.value[0] == 0.0f);
+  for (int i = 0; i < 255; ++i)
+    CHECK(kSignedCode.value(static_cast<uint8_t>(i)) == -kSignedCode.value(static_cast<uint8_t>(254 - i)));
+  CHECK(kSignedCode.value(127) == 0.0f);
+  CHECK(kUnsignedCode.value(0) == 0.0f);
 }
 
 TEST_CASE("encode_block finds the nearest code at every length and instruction set") {
@@ -201,9 +203,11 @@ TEST_CASE("encode_block finds the nearest code at every length and instruction s
         bool nearest = true;
         for (size_t i = 0; i < x.size(); ++i) {
           float best = 2;
-          for (const float value : code.value) best = std::min(best, std::abs(value - x[i] / scale));
-          nearest &= std::abs(code.value[codes[i]] - x[i] / scale) <= best * (1 + 1e-5f) + 1e-12f;
-          nearest &= decoded[i] == code.value[codes[i]] * scale;
+          for (int c = 0; c < 256; ++c) {
+            best = std::min(best, std::abs(code.value(static_cast<uint8_t>(c)) - x[i] / scale));
+          }
+          nearest &= std::abs(code.value(codes[i]) - x[i] / scale) <= best * (1 + 1e-5f) + 1e-12f;
+          nearest &= decoded[i] == code.value(codes[i]) * scale;
         }
         CHECK(nearest);
       }
