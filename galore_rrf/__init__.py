@@ -2,7 +2,7 @@
 
 from importlib.metadata import version as _version
 
-from galore_rrf import memory, ops
+from galore_rrf import checkpoint, memory, ops
 from galore_rrf._binding import build_info
 from galore_rrf.memory import state_bytes
 from galore_rrf.optimizer import GaLoreAdamW
@@ -27,6 +27,7 @@ __all__ = [
     "__version__",
     "adaptive_range_finder",
     "build_info",
+    "checkpoint",
     "memory",
     "ops",
     "param_groups",

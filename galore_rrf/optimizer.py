@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from difflib import get_close_matches
 from typing import Any
 
@@ -21,8 +21,8 @@ from galore_rrf.subspace import (
     SubspaceKeys,
     SubspaceOptions,
     as_matrices,
-    compute_dtype,
     is_projected,
+    is_torchs,
     matrix_count,
     new_state,
     refresh,
@@ -33,6 +33,7 @@ from galore_rrf.subspace import (
 )
 
 _SKIPPED, _REFRESHED = 0, 2  # outcomes of ops.projected_adamw_
+_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)  # of which our own steps can be taken
 _OFTEN = 50  # below this interval kept moments do harm
 
 
@@ -118,12 +119,14 @@ class GaLoreAdamW(AdamW):
         """Wall-clock seconds that refreshes have taken in this object's steps; no part of its state."""
         return self._refresh_seconds
 
+    @torch._disable_dynamo  # clocks move at every step: what is compiled around them never stops being recompiled
     @_use_grad_for_differentiable
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One optimization step; returns what `closure` returns.
 
-        Raises FloatingPointError, nothing written, for a non-finite gradient of a group with
-        ``nonfinite="raise"``; RuntimeError for sparse gradients.
+        Raises, nothing written, FloatingPointError for a non-finite gradient of a group with
+        ``nonfinite="raise"``; ValueError where a group's rank was changed so that a parameter became plain or
+        projected; RuntimeError for sparse gradients.
         """
         loss = None
         if closure is not None:
@@ -137,7 +140,8 @@ class GaLoreAdamW(AdamW):
         found_inf, grad_scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
         skip = found_inf is not None and bool(found_inf)
         if not skip:
-            for group, options, projected, own, _ in work:
+            for group, options, projected, own, others in work:
+                _check_states(group, self.state, projected, own, others)
                 _check_gradients(group, projected + own)
                 if options.nonfinite == "raise":
                     _check_finite(group, projected)
@@ -161,7 +165,7 @@ class GaLoreAdamW(AdamW):
         for p in params:
             if not self.state[p]:
                 self.state[p].update(
-                    step=torch.zeros((), dtype=torch.float32),
+                    step=torch.zeros((), dtype=torch.float32, device="cpu"),
                     **{
                         key: value if key in moments.SCALES else value.view(p.shape)
                         for key, value in zero_moments(p, (p.numel(),), options.state_dtype).items()
@@ -233,7 +237,7 @@ class GaLoreAdamW(AdamW):
         """Refreshes that may change shapes first, then the step of all."""
         self._init_projected(params, options)
         due = [p for p in params if refresh_due(self.state[p], options.update_proj_gap)]
-        apart = [p for p in due if not refreshed_in_step(self.state[p], options)]
+        apart = [p for p in due if not refreshed_in_step(p, self.state[p], options)]
         coefficients: dict[Tensor, Tensor | None] = {}
         if apart:
             beta1, beta2 = map(float, group["betas"])
@@ -267,7 +271,7 @@ class GaLoreAdamW(AdamW):
         weights = [as_matrices(p) for p in params]
         taken = [int(state["step"]) for state in states]
         beta1, beta2 = group["betas"]
-        seconds = torch.zeros(len(params), dtype=torch.float64)
+        seconds = torch.zeros(len(params), dtype=torch.float64, device="cpu")
         outcomes = ops.projected_adamw_(
             weights,
             [as_matrices(_grad(p)) for p in params],
@@ -369,12 +373,13 @@ def _check_group(group: dict[str, Any]) -> None:
     names: dict[Tensor, str] = {}
     for i, item in enumerate([params] if isinstance(params, Tensor) else params):
         p = item[1] if isinstance(item, tuple) else item
-        if not isinstance(p, Tensor) or not (is_projected(p, group["rank"]) or _is_ours(p, options)):
+        if not isinstance(p, Tensor) or (is_torchs(p, options) and not is_projected(p, options)):
             continue
         name = item[0] if isinstance(item, tuple) else f"parameter {i}"
-        if not p.is_floating_point():
+        if p.dtype not in _DTYPES:
             raise TypeError(
-                f"Invalid dtype of {name}: {p.dtype} (must be real floating-point in a group with {reason})"
+                f"Invalid dtype of {name}: {p.dtype} (must be float64, float32, bfloat16 or float16 in a group with "
+                f"{reason})"
             )
         if p in names:  # a matrix a thread: they would write over each other
             raise ValueError(f"{name} is {names[p]} again (a group with {reason} may hold a matrix once)")
@@ -387,14 +392,6 @@ def _check_group(group: dict[str, Any]) -> None:
             f"moments='rotate' moves them along; keep them only where update_proj_gap is {_OFTEN} or more",
             stacklevel=4,
         )
-
-
-def _is_ours(p: Tensor, options: SubspaceOptions) -> bool:
-    """Whether the step of a plain parameter is not one that torch's own AdamW can take."""
-    if options.arithmetic != "torch":
-        return True
-    dtype = options.state_dtype
-    return dtype is not None and moments.kept_dtype(p.numel(), dtype, compute_dtype(p)) != p.dtype
 
 
 def _grad(p: Tensor) -> Tensor:
@@ -412,7 +409,7 @@ def _split(
     others: list[Tensor] = []
     for p in group["params"]:
         if p.grad is not None:
-            kind = projected if is_projected(p, options.rank) else own if _is_ours(p, options) else others
+            kind = projected if is_projected(p, options) else others if is_torchs(p, options) else own
             kind.append(p)
     return projected, own, others
 
@@ -421,6 +418,26 @@ def _names(group: dict[str, Any], params: Iterable[Tensor]) -> Iterator[tuple[st
     names = dict(zip(group["params"], group.get("param_names", ()), strict=False))
     for p in params:
         yield names.get(p, f"a parameter of shape {tuple(p.shape)}"), p
+
+
+def _check_states(
+    group: dict[str, Any],
+    state: Mapping[Tensor, dict[str, Any]],
+    projected: list[Tensor],
+    own: list[Tensor],
+    others: list[Tensor],
+) -> None:
+    """Raises where a parameter's state is not of the kind that its group asks for by now."""
+    for params, has_basis in ((projected, True), (own, False), (others, False)):
+        for name, p in _names(group, params):
+            known = state.get(p)
+            if known and (
+                ("basis" in known) != has_basis or (params is others and known["exp_avg"].dtype != p.dtype)
+            ):
+                raise ValueError(
+                    f"the state of {name} was made under another rank or state_dtype than the group's "
+                    f"{group['rank']} and {group['state_dtype']} (nothing was written)"
+                )
 
 
 def _check_gradients(group: dict[str, Any], params: Iterable[Tensor]) -> None:

@@ -185,12 +185,28 @@ def matrix_count(p: Tensor) -> int:
     return p.shape[0] if p.dim() == 3 else 1
 
 
-def is_projected(p: Tensor, rank: int | None) -> bool:
-    """1-D parameters and matrices with min(m, n) <= rank are plain AdamW."""
-    if rank is None or p.dim() < 2:
-        return False
+def rank_of(p: Tensor, options: SubspaceOptions) -> int | None:
+    """The rank that a parameter is projected to; None: it is plain AdamW.
+
+    So are 1-D parameters and matrices with min(m, n) <= rank, but in the arithmetics of other packages, which
+    project these onto all of their shorter side.
+    """
+    if options.rank is None or p.dim() < 2 or p.numel() == 0:
+        return None
     m, n = (p.shape[-2], p.shape[-1]) if p.dim() <= 3 else (p.shape[0], math.prod(p.shape[1:]))
-    return p.numel() > 0 and min(m, n) > rank
+    if min(m, n) <= options.rank and options.arithmetic == "torch":
+        return None
+    return min(m, n, options.rank)
+
+
+def is_projected(p: Tensor, options: SubspaceOptions) -> bool:
+    return rank_of(p, options) is not None
+
+
+def is_torchs(p: Tensor, options: SubspaceOptions) -> bool:
+    """Whether torch's own AdamW can take the step of a plain parameter."""
+    dtype = moments.kept_dtype(p.numel(), options.state_dtype, compute_dtype(p))
+    return options.arithmetic == "torch" and (options.state_dtype is None or dtype == p.dtype)
 
 
 def side_of(matrix: Tensor, proj_type: str) -> int:
@@ -217,14 +233,15 @@ def new_state(p: Tensor, options: SubspaceOptions, key: int) -> dict[str, Any]:
     """Zeros at the rank cap; ``refreshes`` 0 says that there is no basis yet."""
     matrix = as_matrices(p)
     side = side_of(matrix, options.proj_type)
-    assert options.rank is not None
-    shape, basis = state_shapes(matrix, side, options.rank)
+    rank = rank_of(p, options)
+    assert rank is not None
+    shape, basis = state_shapes(matrix, side, rank)
     return {
         "step": torch.zeros((), dtype=torch.float32),
         **zero_moments(p, shape, options.state_dtype),
         # In the weight's dtype: half precision products take it as it is.
         "basis": torch.zeros(basis, dtype=p.dtype, device=p.device),
-        "rank": options.rank,
+        "rank": rank,
         "side": side,
         "key": key,
         "refreshes": 0,
@@ -248,9 +265,13 @@ def refresh_due(state: Mapping[str, Any], gap: int) -> bool:
     return state["refreshes"] == 0 or int(state["step"]) - state["last_refresh"] >= gap
 
 
-def refreshed_in_step(state: Mapping[str, Any], options: SubspaceOptions) -> bool:
+def refreshed_in_step(p: Tensor, state: Mapping[str, Any], options: SubspaceOptions) -> bool:
     """Whether the step operator does the refresh itself: a range finder at the rank that the state has."""
-    return options.projector == "range_finder" and options.tolerance is None and state["rank"] == options.rank
+    return (
+        options.projector == "range_finder"
+        and options.tolerance is None
+        and state["rank"] == rank_of(p, options)
+    )
 
 
 def refresh(
@@ -264,7 +285,7 @@ def refresh(
     For all refreshes that are not done within the step.  None, and the state as it was, where a gradient
     is zero or not finite or memory runs out: the step then deals with it, and the refresh stays due.
     """
-    find = _find_all if options.tolerance is not None else _find_each
+    find = _find_all if options.tolerance is not None else find_each
     bases = _unless_out_of_memory(lambda: find(states, grads, options)) or [None] * len(states)
     projected: list[Tensor | None] = []
     for state, grad, found in zip(states, grads, bases, strict=True):
@@ -353,9 +374,10 @@ def _find_all(
     return result
 
 
-def _find_each(
+def find_each(
     states: Sequence[Mapping[str, Any]], grads: Sequence[Tensor], options: SubspaceOptions
 ) -> list[Found]:
+    """A new basis for every gradient and the projected gradient in it, at the rank of the options."""
     find = _find_by_svd if options.projector == "svd" else _find_at_rank
     return [find(state, grad, options) for state, grad in zip(states, grads, strict=True)]
 
@@ -369,7 +391,7 @@ def _find_by_svd(state: Mapping[str, Any], grad: Tensor, options: SubspaceOption
     largest = float(torch.linalg.vector_norm(grad, math.inf))
     if largest == 0 or not math.isfinite(largest):
         return None
-    single = options.arithmetic == "galore_torch" or grad.dtype != torch.float64
+    single = options.arithmetic != "torch" or grad.dtype != torch.float64
     # Of the gradient as it is: the SVD of its transpose may differ in signs.
     u, _, vh = torch.linalg.svd(grad.float() if single else grad, full_matrices=False)
     right = state["side"] == RIGHT
@@ -386,7 +408,7 @@ def _find_at_rank(state: Mapping[str, Any], grad: Tensor, options: SubspaceOptio
     assert options.rank is not None
     basis, b, _, status = ops.range_finder(
         _oriented(state, grad),
-        options.rank,
+        min(options.rank, *grad.shape[-2:]),
         oversampling=options.oversampling,
         sketch=options.sketch if known or not warm else "half_power",
         power=options.power,

@@ -25,7 +25,7 @@ class Match(NamedTuple):
 
     @property
     def is_projected(self) -> bool:
-        return is_projected(self.p, self.options.rank)
+        return is_projected(self.p, self.options)
 
 
 def imported(

@@ -16,9 +16,11 @@ from galore_rrf.subspace import (
     RIGHT,
     SCHEMA_VERSION,
     STATE_KEYS,
+    SubspaceOptions,
     as_matrices,
     compute_dtype,
     is_projected,
+    is_torchs,
     resolve,
     state_shapes,
 )
@@ -82,13 +84,15 @@ def checked_states(
             if not state.get(saved_id):
                 continue
             name = repr(names[i]) if i < len(names) else f"parameter {saved_id}"
-            if is_projected(p, saved["rank"]):
+            options = SubspaceOptions.of(saved)
+            if is_projected(p, options):
                 check_projected_state(name, p, state[saved_id])
-                yield p, _projected_state(p, state[saved_id], saved["state_dtype"])
+                yield p, _projected_state(p, state[saved_id], options.state_dtype)
             else:
                 check_plain_state(name, p, state[saved_id], amsgrad=saved.get("amsgrad", False))
-                if not _torch_loads(p, state[saved_id], saved):
-                    yield p, _plain_state(p, state[saved_id], saved["state_dtype"])
+                # torch's own loading casts moments to the dtype of the weight.
+                if not is_torchs(p, options) or state[saved_id]["exp_avg"].dtype == moments.CODES:
+                    yield p, _plain_state(p, state[saved_id], options.state_dtype)
 
 
 # --- Checks -------------------------------------------------------------------------------------------
@@ -185,13 +189,6 @@ def _kind(value: object) -> str:
 
 
 # --- Conversion ---------------------------------------------------------------------------------------
-
-
-def _torch_loads(p: Tensor, saved: Mapping[str, Any], group: Mapping[str, Any]) -> bool:
-    """Whether torch's own loading, which casts moments to the dtype of the weight, does right."""
-    dtype = moments.kept_dtype(p.numel(), group["state_dtype"], compute_dtype(p))
-    plain = group["arithmetic"] == "torch" and (group["state_dtype"] is None or dtype == p.dtype)
-    return plain and saved["exp_avg"].dtype != moments.CODES
 
 
 def _projected_state(p: Tensor, saved: Mapping[str, Any], state_dtype: torch.dtype | None) -> dict[str, Any]:

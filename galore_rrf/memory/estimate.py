@@ -126,11 +126,12 @@ def estimate(
     trained = [(name, stand_ins[p]) for name, p in named if p.requires_grad]
     chosen, plain = _split(trained, rank, include, exclude)
     parameters = sum(p.numel() for p in stand_ins.values())
+    options = SubspaceOptions(rank=rank, proj_type=proj_type, state_dtype=state_dtype)
     adapters = 0
     projected: list[Tensor] = []
     if optimizer == "galore":
-        projected = [p for p in chosen if is_projected(p, rank)]
-        plain += [p for p in chosen if not is_projected(p, rank)]
+        projected = [p for p in chosen if is_projected(p, options)]
+        plain += [p for p in chosen if not is_projected(p, options)]
     elif optimizer == "lora":
         assert rank is not None
         adapters = len(chosen)
@@ -143,7 +144,6 @@ def estimate(
     if mixed_precision:
         projected, plain = [p.float() for p in projected], [p.float() for p in plain]
         master_weights = _bytes(projected + plain)
-    options = SubspaceOptions(rank=rank, proj_type=proj_type, state_dtype=state_dtype)
     states = [new_state(p, options, key=0) for p in projected]
     moments = [*states, *(_plain_moments(p, state_dtype) for p in plain)]
     activations = None

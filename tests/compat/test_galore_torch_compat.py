@@ -410,7 +410,9 @@ def test_small_moments_of_adamw8bit_follow_bitsandbytes(projected):
     p = torch.nn.Parameter(start.clone())
     group = {"params": [p], **({"rank": RANK, "update_proj_gap": 200, "scale": scale} if projected else {})}
     opt = GaLoreAdamW8bit([group], lr=lr, betas=betas, eps=eps, weight_decay=decay)
-    basis = torch.linalg.svd(gradients[0])[0][:, :RANK] if projected else torch.eye(16, dtype=torch.float64)
+    # Its SVD is in fp32 whatever the dtype.
+    basis = torch.linalg.svd(gradients[0].float())[0][:, :RANK] if projected else torch.eye(16)
+    basis = basis.double()
     w, m, v = start, 0.0, 0.0
     for t, g in enumerate(gradients, 1):
         p.grad = g

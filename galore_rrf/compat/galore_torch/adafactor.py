@@ -10,15 +10,16 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from galore_rrf.compat.galore_torch.published import PUBLISHED, rank_of
+from galore_rrf.compat.galore_torch.published import PUBLISHED
 from galore_rrf.subspace import (
     RIGHT,
     SCHEMA_VERSION,
     SubspaceOptions,
-    _find_each,
     as_matrices,
     compute_dtype,
+    find_each,
     matrix_count,
+    rank_of,
     refresh_due,
     resolve,
     side_of,
@@ -115,7 +116,7 @@ class GaLoreAdafactor(Optimizer):
     def _step(self, p: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
         if grad.layout != torch.strided:
             raise RuntimeError(f"GaLoreAdafactor does not support sparse gradients, got {grad.layout}")
-        options = SubspaceOptions.of({**group, "rank": rank_of(p, group["rank"])})
+        options = SubspaceOptions.of({**group, "rank": rank_of(p, SubspaceOptions.of(group))})
         state = self.state[p]
         if not state:
             state.update(_new_state(p, options, self._key(p), group["beta1"] is not None))
@@ -188,7 +189,7 @@ def _new_state(p: Tensor, options: SubspaceOptions, key: int, first_moment: bool
 def _projected(state: dict[str, Any], grad: Tensor, options: SubspaceOptions) -> Tensor:
     """The gradient in its subspace, which is found anew where that is due."""
     if refresh_due(state, options.update_proj_gap):
-        (found,) = _find_each([state], [grad], options)
+        (found,) = find_each([state], [grad], options)
         if found is not None:
             state["basis"], projected = found
             state["refreshes"] += 1

@@ -2,59 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from galore_rrf import optimizer
-from galore_rrf.checkpoint import schema
-from galore_rrf.compat.galore_torch.published import PUBLISHED, rank_of
-from galore_rrf.subspace import SubspaceKeys, SubspaceOptions, is_projected
+from galore_rrf.compat.galore_torch.published import PUBLISHED
+from galore_rrf.subspace import SubspaceKeys
 
 
-class _PublishedAdamW(optimizer.GaLoreAdamW):
-    """Projects matrices whose shorter side the rank reaches too, onto all of that side.
-
-    `optimizer.GaLoreAdamW` leaves them plain, where their steps would be 1 / scale times as long.
-    """
-
-    def _plain_step(self, group: dict[str, Any], options: SubspaceOptions, params: list[Tensor]) -> None:
-        full = _full_ranks(params, options.rank)
-        plain = [p for p in params if p not in full]
-        if plain:
-            super()._plain_step(group, options, plain)
-        for rank in sorted(set(full.values())):
-            chosen = [p for p in full if full[p] == rank]
-            with torch.autocast(chosen[0].device.type, enabled=False):
-                self._projected_step(group, replace(options, rank=rank), chosen)
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads a state dict of this class.
-
-        Raises ValueError naming the parameter where the state does not fit it; the optimizer is then as it was.
-        """
-        states, full = dict(state_dict["state"]), {}
-        for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=False):
-            ids = dict(zip(group["params"], saved["params"], strict=False))
-            for p in _full_ranks(ids, saved.get("rank")):
-                if states.get(ids[p]):
-                    state = states.pop(ids[p])
-                    schema.check_projected_state(f"parameter {ids[p]}", p, state)
-                    full[p] = schema._projected_state(p, state, saved["state_dtype"])
-        super().load_state_dict({**state_dict, "state": states})
-        self.state.update(full)
-
-
-def _full_ranks(params: Iterable[Tensor], rank: int | None) -> dict[Tensor, int]:
-    """The parameters that are projected onto all of their shorter side, and its length."""
-    ranks = {p: rank_of(p, rank) for p in params if not is_projected(p, rank)}
-    return {p: r for p, r in ranks.items() if r is not None}
-
-
-class GaLoreAdamW(_PublishedAdamW):
+class GaLoreAdamW(optimizer.GaLoreAdamW):
     """galore_torch's GaLoreAdamW: the same arguments, group keys and trajectory.
 
     Groups with `rank` (and `update_proj_gap`, `scale`, `proj_type`; by default 200, .25, ``"std"``) are
@@ -88,7 +45,7 @@ class GaLoreAdamW(_PublishedAdamW):
             group.setdefault("correct_bias", correct_bias)
 
 
-class GaLoreAdamW8bit(_PublishedAdamW):
+class GaLoreAdamW8bit(optimizer.GaLoreAdamW):
     """galore_torch's GaLoreAdamW8bit, without bitsandbytes and on any device: moments are 8-bit codes.
 
     Those of fewer than 4096 entries stay fp32.  Groups as of `GaLoreAdamW`.
