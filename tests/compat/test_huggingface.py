@@ -135,14 +135,15 @@ def test_at_full_rank_it_is_the_trainers_own_adamw(make_model, optim, tmp_path):
     assert same(models[1].state_dict(), models[0].state_dict())
 
 
-def test_resumed_training_is_the_same_to_the_bit(tmp_path):
+@pytest.mark.parametrize("keys", [{}, {"state_dtype": torch.bfloat16}], ids=["fp32", "bf16"])
+def test_resumed_training_is_the_same_to_the_bit(keys, tmp_path):
     """Guards against a subspace, moments or refresh clock that a checkpoint of the Trainer loses, in the middle
     of an interval of refreshes."""
 
     def train(seed, resume=None):
         model = llama(seed)
         args = arguments(tmp_path, save_strategy="steps", save_steps=3)
-        t = trainer(model, args, galore_optimizer(args, rank=4, update_proj_gap=2))
+        t = trainer(model, args, galore_optimizer(args, rank=4, update_proj_gap=2, **keys))
         t.train(resume_from_checkpoint=resume)
         return model.state_dict(), t.optimizer.state_dict()
 
@@ -215,6 +216,8 @@ class TestExample:
         out = run("--out", first, "--steps", 4, "--batch", 2, "--length", 32)
         assert "made on the spot, random weights" in out
         assert "after 4 steps" in out
+        state = torch.load(first / "checkpoint-4" / "optimizer.pt", weights_only=True)["state"]
+        assert any("basis" in parameter for parameter in state.values())
         text = tmp_path / "text.jsonl"
         text.write_text(
             "".join(json.dumps({"text": f"{i} and {i + 1} and so on"}) + "\n" for i in range(100))
