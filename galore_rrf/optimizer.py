@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 from torch.optim.adamw import AdamW, adamw
 from torch.optim.optimizer import _use_grad_for_differentiable
 from typing_extensions import Unpack
@@ -119,14 +120,14 @@ class GaLoreAdamW(AdamW):
         """Wall-clock seconds that refreshes have taken in this object's steps; no part of its state."""
         return self._refresh_seconds
 
-    @torch._disable_dynamo  # clocks move at every step: what is compiled around them never stops being recompiled
+    @_disable_dynamo  # clocks move at every step: what is compiled around them never stops being recompiled
     @_use_grad_for_differentiable
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One optimization step; returns what `closure` returns.
 
-        Raises, nothing written, FloatingPointError for a non-finite gradient of a group with
-        ``nonfinite="raise"``; ValueError where a group's rank was changed so that a parameter became plain or
-        projected; RuntimeError for sparse gradients.
+        Raises FloatingPointError, nothing written, for a non-finite gradient of a group with
+        ``nonfinite="raise"``; ValueError, nothing written, where a group's keys were changed so that a
+        parameter became plain or projected; RuntimeError for sparse gradients.
         """
         loss = None
         if closure is not None:

@@ -1,13 +1,15 @@
 """What takes a torch optimizer takes this one: schedulers, hooks, GradScaler, zero_grad, new groups."""
 
+import contextlib
 import copy
 import inspect
 import warnings
 
 import pytest
 import torch
-from torch.optim import AdamW, lr_scheduler
-from training import KINDS, bias, gradient, optimizer, params_of, same, snapshot, train, weight
+from torch.optim import AdamW, lr_scheduler, swa_utils
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+from training import KINDS, bias, gradient, optimizer, params_of, same, set_gradients, snapshot, train, weight
 
 from galore_rrf import GaLoreAdamW, param_groups
 
@@ -23,42 +25,83 @@ def test_signature_begins_as_torch_adamws():
 
 
 SCHEDULERS = {
-    "step": lambda o: lr_scheduler.StepLR(o, 2, 0.5),
-    "cosine": lambda o: lr_scheduler.CosineAnnealingLR(o, 6),
-    "lambda": lambda o: lr_scheduler.LambdaLR(o, [lambda s: 1 / (s + 1), lambda s: 1.0]),
-    "linear": lambda o: lr_scheduler.LinearLR(o, 0.1, total_iters=4),
-    "one_cycle": lambda o: lr_scheduler.OneCycleLR(o, 0.1, total_steps=10),
-    "sequential": lambda o: lr_scheduler.SequentialLR(
+    lr_scheduler.LambdaLR: lambda o: lr_scheduler.LambdaLR(o, [lambda s: 1 / (s + 1), lambda s: 1.0]),
+    lr_scheduler.MultiplicativeLR: lambda o: lr_scheduler.MultiplicativeLR(o, lambda s: 0.9),
+    lr_scheduler.StepLR: lambda o: lr_scheduler.StepLR(o, 2, 0.5),
+    lr_scheduler.MultiStepLR: lambda o: lr_scheduler.MultiStepLR(o, [2, 5], 0.5),
+    lr_scheduler.ConstantLR: lambda o: lr_scheduler.ConstantLR(o, 0.1, 3),
+    lr_scheduler.LinearLR: lambda o: lr_scheduler.LinearLR(o, 0.1, total_iters=4),
+    lr_scheduler.ExponentialLR: lambda o: lr_scheduler.ExponentialLR(o, 0.9),
+    lr_scheduler.PolynomialLR: lambda o: lr_scheduler.PolynomialLR(o, 7, 2.0),
+    lr_scheduler.CosineAnnealingLR: lambda o: lr_scheduler.CosineAnnealingLR(o, 6),
+    lr_scheduler.CosineAnnealingWarmRestarts: lambda o: lr_scheduler.CosineAnnealingWarmRestarts(o, 3, 2),
+    lr_scheduler.CyclicLR: lambda o: lr_scheduler.CyclicLR(o, 0.01, 0.1, 3),
+    lr_scheduler.OneCycleLR: lambda o: lr_scheduler.OneCycleLR(o, 0.1, total_steps=10),
+    lr_scheduler.ReduceLROnPlateau: lambda o: lr_scheduler.ReduceLROnPlateau(o, factor=0.5, patience=1),
+    lr_scheduler.SequentialLR: lambda o: lr_scheduler.SequentialLR(
         o, [lr_scheduler.ConstantLR(o, 0.1, 2), lr_scheduler.ExponentialLR(o, 0.9)], [2]
     ),
+    lr_scheduler.ChainedScheduler: lambda o: lr_scheduler.ChainedScheduler(
+        [lr_scheduler.LinearLR(o, 0.1, total_iters=4), lr_scheduler.ExponentialLR(o, 0.9)]
+    ),
+    swa_utils.SWALR: lambda o: swa_utils.SWALR(o, 0.01, anneal_epochs=4),
 }
 
 
-@pytest.mark.parametrize("make", SCHEDULERS.values(), ids=SCHEDULERS)
-def test_schedulers_set_the_rate_of_every_step(make):
-    """Guards against a rate fixed at construction: a run with a scheduler is one with rates set by hand."""
+def test_every_scheduler_of_torch_is_tested():
+    """Guards against a scheduler that a new torch brings."""
+    found = {c for c in vars(lr_scheduler).values() if isinstance(c, type)}
+    found = {
+        c for c in found if issubclass(c, lr_scheduler.LRScheduler) and not c.__name__.endswith("LRScheduler")
+    }
+    assert found == set(SCHEDULERS) - {swa_utils.SWALR}
+
+
+@pytest.mark.parametrize("tensor", [False, True], ids=["number", "tensor"])
+@pytest.mark.parametrize("make", SCHEDULERS.values(), ids=[c.__name__ for c in SCHEDULERS])
+def test_schedulers_set_the_rate_and_betas_of_every_step(make, tensor):
+    """Guards against numbers fixed at construction: a scheduled run is one with torch.optim.AdamW's set by hand."""
     w, b, v, c = weight("default"), bias(), weight("default"), bias()
-    scheduled, by_hand = optimizer("default", w, b), optimizer("default", v, c)
-    scheduler = make(scheduled)
-    for step in range(6):
-        for mine, theirs in zip(scheduled.param_groups, by_hand.param_groups, strict=True):
-            theirs["lr"], theirs["betas"] = mine["lr"], mine["betas"]
-        train(scheduled, [w, b], [step])
-        train(by_hand, [v, c], [step])
-        scheduler.step()
+
+    def rate():
+        return {
+            "lr": torch.tensor(0.05) if tensor else 0.05
+        }  # a tensor given to the optimizer is all groups' own
+
+    ours = GaLoreAdamW(
+        [{"params": [w], "rank": 6, "update_proj_gap": 4, **rate()}, {"params": [b], **rate()}]
+    )
+    theirs = AdamW([{"params": [weight("default")], **rate()}, {"params": [bias()], **rate()}])
+    by_hand = GaLoreAdamW([{"params": [v], "rank": 6, "update_proj_gap": 4}, {"params": [c]}])
+    schedulers = [make(ours), make(theirs)]
+    seen = []
+    for step in range(9):
+        for given, mine in zip(theirs.param_groups, by_hand.param_groups, strict=True):
+            mine["lr"], mine["betas"] = copy.deepcopy(given["lr"]), given["betas"]
+        seen.append([(float(g["lr"]), *g["betas"]) for g in ours.param_groups])
+        assert seen[-1] == [(float(g["lr"]), *g["betas"]) for g in theirs.param_groups]
+        for opt, params in ((ours, [w, b]), (theirs, params_of(theirs)), (by_hand, [v, c])):
+            train(opt, params, [step])
+        for scheduler in schedulers:
+            plateau = isinstance(scheduler, lr_scheduler.ReduceLROnPlateau)
+            scheduler.step(*([1.0] if plateau else []))
+    assert len(set(map(tuple, seen))) > 1
     assert same([w.detach(), b.detach()], [v.detach(), c.detach()])
-    assert len({float(g["lr"]) for g in scheduled.param_groups}) >= 1
-    assert scheduled.param_groups[0]["lr"] != 0.05
+    assert same(dict(ours.state[w]), dict(by_hand.state[v]))
 
 
-def test_reduce_on_plateau():
-    """Guards against a scheduler that reads the optimizer otherwise."""
+@pytest.mark.parametrize("cls", [lr_scheduler.CyclicLR, lr_scheduler.OneCycleLR], ids=lambda c: c.__name__)
+def test_cycled_momentum_is_the_first_beta(cls):
+    """Guards against the test above passing since betas never moved."""
     opt = optimizer("default", weight("default"), bias())
-    scheduler = lr_scheduler.ReduceLROnPlateau(opt, patience=0)
-    for loss in (1.0, 2.0, 3.0):
-        train(opt, params_of(opt), [0])
-        scheduler.step(loss)
-    assert opt.param_groups[0]["lr"] < 0.05
+    scheduler = SCHEDULERS[cls](opt)
+    betas = set()
+    for step in range(4):
+        train(opt, params_of(opt), [step])
+        scheduler.step()
+        betas.add(opt.param_groups[0]["betas"])
+    assert len({first for first, _ in betas}) > 2
+    assert {second for _, second in betas} == {0.999}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -74,13 +117,22 @@ def test_tensor_rate_equals_the_same_number(kind):
 
 
 def test_step_hooks_run_around_every_step():
-    """Guards against a step that torch has not wrapped."""
+    """Guards against a step that torch has not wrapped: an optimizer's own hooks, those of all, their results."""
     calls = []
     opt = optimizer("default", weight("default"), bias())
     opt.register_step_pre_hook(lambda *_: calls.append("before"))
+    opt.register_step_pre_hook(lambda o, args, kwargs: ((o, lambda: "replaced"), {}))
     opt.register_step_post_hook(lambda o, *_: calls.append(int(o.state[params_of(o)[0]]["step"])))
-    train(opt, params_of(opt), range(2))
-    assert calls == ["before", 1, "before", 2]
+    everywhere = [
+        register_optimizer_step_pre_hook(lambda *_: calls.append("any")),
+        register_optimizer_step_post_hook(lambda *_: calls.append("all")),
+    ]
+    for step in range(2):
+        set_gradients(params_of(opt), step)
+        assert opt.step(lambda: "given") == "replaced"
+    for handle in everywhere:
+        handle.remove()
+    assert calls == ["any", "before", 1, "all", "any", "before", 2, "all"]
 
 
 @pytest.mark.parametrize("set_to_none", [True, False])
@@ -231,6 +283,27 @@ def test_infinite_projected_gradient_under_a_scaler_with_raise(fused):
     assert scaler.get_scale() == 2.0
 
 
+@pytest.mark.parametrize("fused", [None, True])
+@pytest.mark.parametrize("keys", [{"state_dtype": torch.bfloat16}, {"arithmetic": "galore_torch"}], ids=str)
+def test_plain_parameters_that_torch_cannot_step_are_scaled_and_skipped_too(keys, fused):
+    """Guards against the same where plain parameters are ours: a scaled gradient taken as it is, a clock that ran."""
+    results = []
+    for scale in (1.0, 2.0**8):
+        b = bias()
+        opt = GaLoreAdamW([{"params": [b], **keys}], lr=0.05, fused=fused)
+        scaler = torch.amp.GradScaler("cpu", init_scale=scale, growth_interval=1000)
+        for step in range(4):
+            opt.zero_grad()
+            scaler.scale((b * gradient(tuple(b.shape), step)).sum()).backward()
+            if step == 1:
+                b.grad[0] = float("nan")
+            scaler.step(opt)
+            scaler.update()
+        assert opt.state[b]["step"].item() == 3
+        results.append(snapshot(opt)[:2])
+    assert same(*results)
+
+
 def test_unscaled_by_hand_is_not_unscaled_again():
     """Guards against clipped gradients being divided by the scale twice."""
     results = []
@@ -268,31 +341,166 @@ def test_one_line_change_trains_a_model():
     assert losses[-1] < 0.5 * losses[0]
 
 
-def test_autocast_and_averaged_models():
-    """Guards against torch.autocast reaching the step's own products, or a copy of the model training it."""
+def test_autocast_does_not_reach_the_step():
+    """Guards against torch.autocast casting the step's own products."""
     results = []
     for cast in (False, True):
         w, b = weight("default"), bias()
         opt = optimizer("default", w, b)
-        average = torch.optim.swa_utils.AveragedModel(torch.nn.ParameterList([w, b]))
         for step in range(6):
             w.grad, b.grad = gradient(tuple(w.shape), step), torch.ones_like(b)
             with torch.autocast("cpu", dtype=torch.bfloat16, enabled=cast):
                 opt.step()
-        average.update_parameters(torch.nn.ParameterList([w, b]))
         results.append(snapshot(opt)[:2])
     assert same(*results)
 
 
-def test_inference_tensors_and_modes():
-    """Guards against a step that depends on the grad mode around it."""
+@pytest.mark.parametrize("decay", [None, 0.75], ids=["swa", "ema"])
+def test_averaged_models(decay):
+    """Guards against weights that are replaced, or a copy of the model that is trained: averages by hand."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(20, 16), torch.nn.BatchNorm1d(16), torch.nn.Linear(16, 20))
+    opt = GaLoreAdamW([{"params": model.parameters(), "rank": 5, "update_proj_gap": 3}], lr=0.02)
+    averaging = {} if decay is None else {"multi_avg_fn": swa_utils.get_ema_multi_avg_fn(decay)}
+    averaged = swa_utils.AveragedModel(model, **averaging)
+    scheduler = swa_utils.SWALR(opt, 0.005, anneal_epochs=3)
+    x = torch.randn(32, 20)
+    average = None
+    for count in range(6):
+        opt.zero_grad()
+        ((model(x) - x) ** 2).mean().backward()
+        opt.step()
+        scheduler.step()
+        averaged.update_parameters(model)
+        now = [p.detach().clone() for p in model.parameters()]
+        share = 1 / (count + 1) if decay is None or count == 0 else 1 - decay
+        average = now if average is None else [a + share * (p - a) for a, p in zip(average, now, strict=True)]
+    torch.testing.assert_close([p.detach() for p in averaged.parameters()], average, rtol=1e-5, atol=1e-6)
+    before = snapshot(opt)
+    swa_utils.update_bn([x], averaged)
+    assert averaged.module[1].num_batches_tracked == 1
+    assert same(snapshot(opt), before)
+    with torch.no_grad():
+        averaged.eval()(x)
+
+
+@pytest.mark.parametrize("kind", ["default", "tolerance", "svd"])
+def test_step_after_every_gradient(kind):
+    """Guards against a step that cannot run within backward: an optimizer a parameter, gradients freed at once."""
+
+    class Product(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weights = torch.nn.ParameterList(weight(kind) for _ in range(2))
+
+        def forward(self, step):
+            return sum((p * gradient(tuple(p.shape), step + 7 * i)).sum() for i, p in enumerate(self.weights))
+
+    models = Product(), Product()
+    inside, outside = (
+        {p: GaLoreAdamW([{"params": [p], "rank": 6, **KINDS[kind][2]}], lr=0.05) for p in m.parameters()}
+        for m in models
+    )
+
+    def step_and_free(p):
+        inside[p].step()
+        inside[p].zero_grad()
+
+    for p in inside:
+        p.register_post_accumulate_grad_hook(step_and_free)
+    for step in range(6):
+        for model in models:
+            model(step).backward()
+        assert all(p.grad is None for p in inside)
+        for p, opt in outside.items():
+            opt.step()
+            p.grad = None
+    for p, q in zip(inside, outside, strict=True):
+        assert same(p.detach(), q.detach())
+        assert same(dict(inside[p].state[p]), dict(outside[q].state[q]))
+
+
+def test_profiler_shows_the_step_by_name():
+    """Guards against traces in which the optimizer's share cannot be told."""
+    opt = optimizer("default", weight("default"), bias())
+    with torch.autograd.profiler.profile() as profile:
+        train(opt, params_of(opt), range(2))
+        opt.zero_grad()
+    counts = {event.key: event.count for event in profile.key_averages()}
+    assert counts["Optimizer.step#GaLoreAdamW.step"] == 2
+    assert counts["Optimizer.zero_grad#GaLoreAdamW.zero_grad"] == 1
+    assert counts["galore_rrf::projected_adamw_"] == 2
+
+
+# --- torch.compile --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def compiler():
+    """torch._dynamo, forgetful, in which a recompilation is an error."""
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("kind", ["default", "tolerance", "svd", "published"])
+def test_compiled_step_is_the_step(kind, compiler):
+    """Guards against numbers burnt into a compiled step, and a compilation every time that a clock moves."""
+    opt, compiled = (optimizer(kind, weight(kind), bias()) for _ in range(2))
+    compiled_step = torch.compile(compiled.step, backend="eager")
+    for step in range(14):
+        set_gradients(params_of(opt), step)
+        set_gradients(params_of(compiled), step)
+        if step == 7:
+            opt.param_groups[0]["lr"] = compiled.param_groups[0]["lr"] = 0.01
+        opt.step()
+        compiled_step()
+    assert same(snapshot(opt), snapshot(compiled))
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # the compiler's own
+def test_compiled_training_step_trains(compiler):
+    """Guards against a model that cannot be compiled together with its optimizer."""
     results = []
-    for mode in (torch.enable_grad, torch.no_grad):
-        opt = optimizer("tolerance", weight("tolerance"), bias())
-        with mode():
-            train(opt, params_of(opt), range(5))
-        results.append(snapshot(opt))
+    for compile in (lambda f: f, lambda f: torch.compile(f, backend="eager")):
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Linear(24, 16), torch.nn.Tanh(), torch.nn.Linear(16, 24))
+        opt = GaLoreAdamW([{"params": model.parameters(), "rank": 4, "update_proj_gap": 3}], lr=0.01)
+
+        @compile
+        def train_step(x, model=model, opt=opt):
+            opt.zero_grad()
+            loss = ((model(x) - x) ** 2).mean()
+            loss.backward()
+            opt.step()
+            return loss.detach()
+
+        x = torch.randn(8, 24)
+        results.append([train_step(x) for _ in range(8)] + snapshot(opt)[0])
     assert same(*results)
+
+
+# --- Grad modes, threads, copies -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("kind", ["default", "tolerance", "svd", "stack_tolerance"])
+def test_grad_mode_around_a_step_changes_nothing(kind, mode):
+    """Guards against a step, or a refresh, that needs autograd or is recorded by it; state serves any mode."""
+    opt, other = (optimizer(kind, weight(kind), bias()) for _ in range(2))
+    for step in range(8):
+        for each in (opt, other):
+            set_gradients(
+                params_of(each)[:1], step
+            )  # of plain ones made in inference mode torch's stays there
+        opt.step()
+        with mode() if step < 4 else contextlib.nullcontext():
+            other.step()
+        assert not any(
+            p.requires_grad for s in other.state.values() for p in s.values() if torch.is_tensor(p)
+        )
+    assert same(snapshot(opt), snapshot(other))
 
 
 def test_threads_of_python_train_independently():

@@ -1,0 +1,610 @@
+"""What any torch optimizer promises: torch.optim.AdamW's own options and errors, parameters of every kind,
+groups of every mix."""
+
+import copy
+import math
+import pickle
+import warnings
+import weakref
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.optim import AdamW
+from training import (
+    KINDS,
+    bias,
+    check_state,
+    gradient,
+    optimizer,
+    params_of,
+    same,
+    set_gradients,
+    snapshot,
+    train,
+    weight,
+)
+
+from galore_rrf import GaLoreAdamW
+from galore_rrf.subspace import SubspaceKeys, SubspaceOptions
+
+# --- Plain groups: the options that PyTorch's own tests give AdamW ---------------------------------------
+
+GRID = {
+    "default": {},
+    "lr": {"lr": 0.01},
+    "weight_decay": {"weight_decay": 0.1},
+    "maximize": {"weight_decay": 0.1, "maximize": True},
+    "amsgrad": {"weight_decay": 0.1, "amsgrad": True},
+    "capturable": {"weight_decay": 0.9, "amsgrad": True, "capturable": True},
+    "tensor_lr": {"lr": torch.tensor(0.01)},
+    "tensor_lr_fp64": {"lr": torch.tensor([0.01], dtype=torch.float64)},
+    "tensor_betas": {"betas": (torch.tensor(0.9), torch.tensor(0.99))},
+    "tensor_lr_and_betas": {"lr": torch.tensor(0.01), "betas": (torch.tensor(0.9), torch.tensor(0.99))},
+}
+PATHS = [{}, {"foreach": True}, {"foreach": False}, {"fused": True}, {"differentiable": True}]
+DTYPES = [
+    *(torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.complex64),
+    torch.complex128,
+]
+
+
+def plain_run(cls, dtype, options, in_groups):
+    """Weights and state after four steps, the last parameter without a gradient in one; or the error."""
+    generator = torch.Generator().manual_seed(2)
+    draw = torch.float64 if dtype.is_floating_point else torch.complex128
+    shapes = [(7, 5), (5,), (2, 3, 4), (), (0, 3)]
+    params = [torch.nn.Parameter(torch.randn(s, generator=generator, dtype=draw).to(dtype)) for s in shapes]
+    eps = 0.1 if dtype == torch.float16 else 1e-8
+    options = {"eps": eps, **copy.deepcopy(options)}
+    try:
+        opt = cls([{"params": params, **options}]) if in_groups else cls(params, **options)
+        for step in range(4):
+            for p in params:
+                p.grad = torch.randn(p.shape, generator=generator, dtype=draw).to(dtype)
+            if step == 2:
+                params[-2].grad = None
+            opt.step()
+    except (ValueError, RuntimeError, AssertionError) as error:
+        return type(error), str(error)
+    return [p.detach() for p in params], [dict(opt.state[p]) for p in params]
+
+
+@pytest.mark.parametrize("in_groups", [False, True], ids=["arguments", "group_keys"])
+@pytest.mark.parametrize("path", PATHS, ids=str)
+@pytest.mark.parametrize("options", GRID.values(), ids=GRID)
+def test_plain_parameters_do_with_every_option_as_with_torch(options, path, in_groups):
+    """Guards against an option that plain groups hear otherwise than torch.optim.AdamW, errors included."""
+    for dtype in DTYPES:
+        ours, theirs = (plain_run(c, dtype, {**options, **path}, in_groups) for c in (GaLoreAdamW, AdamW))
+        assert same(ours, theirs), (dtype, ours, theirs)
+
+
+def test_the_grid_of_options_mostly_trains():
+    """Guards against a grid that only compares errors."""
+    runs = [
+        plain_run(AdamW, torch.float32, {**options, **path}, False)
+        for options in GRID.values()
+        for path in PATHS[:4]
+    ]
+    assert sum(isinstance(run[0], list) for run in runs) >= 30
+
+
+# --- Projected groups: the same options ------------------------------------------------------------------
+
+CHANGES_NOTHING = [
+    *({"foreach": True}, {"foreach": False}, {"fused": True}, {"fused": False}, {"capturable": True}),
+    {"lr": torch.tensor(0.0625)},
+    {"lr": torch.tensor(0.0625, dtype=torch.float64)},
+    {"lr": torch.tensor([0.0625])},
+    {"betas": (torch.tensor(0.5), torch.tensor(0.75))},
+    {"betas": (torch.tensor([0.5]), torch.tensor(0.75, dtype=torch.float64))},
+]
+
+
+@pytest.mark.parametrize("options", CHANGES_NOTHING, ids=str)
+@pytest.mark.parametrize("kind", ["default", "svd", "tolerance", "bf16", "stack"])
+def test_torchs_paths_and_tensor_options_leave_projected_groups_alone(kind, options):
+    """Guards against an argument for plain groups, or the form of a number, that changes a projected one."""
+    runs = []
+    for changed in ({}, copy.deepcopy(options)):
+        w = weight(kind)
+        keys = {"params": [w], "rank": 6, **KINDS[kind][2]}
+        opt = GaLoreAdamW([keys], **{"lr": 0.0625, "betas": (0.5, 0.75), **changed})
+        train(opt, [w], range(5))
+        runs.append((w.detach(), dict(opt.state[w])))
+    assert same(*runs)
+
+
+@pytest.mark.parametrize(
+    "make", [float, torch.tensor, lambda x: torch.tensor([x])], ids=["float", "0d", "1d"]
+)
+def test_options_changed_between_steps_count_from_the_next(make):
+    """Guards against options read once: rates (in place too), betas, eps, decay, direction, subspace keys."""
+    changes = [
+        *({"lr": 0.125}, {"betas": (0.5, 0.75)}, {"eps": 0.5}, {"weight_decay": 0.25}, {"maximize": True}),
+        *({"scale": 0.25}, {"update_proj_gap": 1}, {"sketch": "plain"}, {"seed": 7}),
+    ]
+    w, v, b = weight("default"), weight("default"), bias()
+    opt = GaLoreAdamW([{"params": [w], "rank": 6}, {"params": [b]}], lr=make(0.0625))
+    group = opt.param_groups[0]
+    for step, change in enumerate(({}, *changes)):
+        if "lr" in change and isinstance(group["lr"], torch.Tensor):
+            group["lr"].fill_(change["lr"])
+        else:
+            group.update(change)
+        # One constructed with what counts now, in the state and place that the other has come to.
+        keys = {k: group[k] for k in SubspaceKeys.__annotations__}
+        arguments = {k: group[k] for k in ("betas", "eps", "weight_decay", "maximize")}
+        fresh = GaLoreAdamW([{"params": [v]}], lr=float(group["lr"]), **arguments, **keys)
+        if step:
+            fresh.state[v].update({k: copy.deepcopy(x) for k, x in opt.state[w].items()})
+            v.data.copy_(w.data)
+        before = w.detach().clone()
+        train(opt, [w], [step])
+        train(fresh, [v], [step])
+        assert same(w.detach(), v.detach())
+        assert same(dict(opt.state[w]), dict(fresh.state[v]))
+        assert not same(w.detach(), before)
+
+
+# --- Errors --------------------------------------------------------------------------------------------------
+
+WRONG = [
+    *({"lr": -1}, {"lr": math.nan}, {"lr": "0.1"}, {"lr": None}, {"lr": torch.ones(2)}),
+    *(
+        {"betas": (1.0, 0.0)},
+        {"betas": (0.0, 1.0)},
+        {"betas": (-0.1, 0.9)},
+        {"betas": (0.9,)},
+        {"betas": 0.9},
+    ),
+    *({"betas": (0.9, torch.tensor(0.99))}, {"betas": (torch.tensor(0.9), 0.99)}, {"betas": (0.9, 0)}),
+    {"betas": (torch.ones(2) * 0.9, torch.tensor(0.99))},
+    {"betas": (torch.tensor(0.9), torch.tensor(0.99)), "foreach": True},
+    *({"eps": -1e-8}, {"eps": "small"}, {"eps": math.nan}, {"weight_decay": -1}, {"weight_decay": None}),
+    *({"lr": torch.tensor(0.001), "foreach": True}, {"fused": True, "foreach": True}),
+    *({"fused": True, "differentiable": True}, {"momentum": 0.9}, {"decoupled_weight_decay": True}),
+]
+
+
+def error_of(make):
+    """Type and message, the class's name apart; None where nothing is raised."""
+    try:
+        make()
+    except Exception as error:
+        return type(error), str(error).replace("GaLoreAdamW", "AdamW").replace("AdamW.__init__()", "AdamW")
+    return None
+
+
+@pytest.mark.parametrize("options", WRONG, ids=str)
+def test_wrong_arguments_are_refused_as_torch_refuses_them(options):
+    """Guards against another exception or message, or none, whether anything is projected or not."""
+    theirs = error_of(lambda: AdamW([weight("default")], **options))
+    assert theirs is not None
+    assert error_of(lambda: GaLoreAdamW([weight("default")], **options)) == theirs or "momentum" in options
+    ours = error_of(lambda: GaLoreAdamW([weight("default")], rank=4, **options))
+    if "differentiable" in options:
+        assert ours[0] is ValueError
+    elif "momentum" in options:
+        assert ours == (
+            TypeError,
+            "AdamW got an unexpected keyword argument 'momentum' (did you mean 'moments'?)",
+        )
+    else:
+        assert ours == theirs
+
+
+P = weight("default")
+WRONG_PARAMS = {
+    "tensor": lambda: P,
+    "twice_in_groups": lambda: [{"params": P}, {"params": P}],
+    "some_names": lambda: [("w", P), weight("default")],
+    "names_in_one_group": lambda: [{"params": [P]}, {"params": [("w", weight("default"))]}],
+    "no_names_in_one_group": lambda: [{"params": [("w", P)]}, {"params": [weight("default")]}],
+    "set": lambda: [{"params": {P}}],
+    "list": lambda: [[P]],
+    "number": lambda: [P, 3],
+    "non_leaf": lambda: [P * 2],
+    "no_params": lambda: [{"lr": 0.1}],
+    "mapping": lambda: {"w": P},
+    "none": lambda: None,
+    "empty": lambda: [],
+}
+
+
+@pytest.mark.parametrize("rank", [None, 4])
+@pytest.mark.parametrize("params", WRONG_PARAMS.values(), ids=WRONG_PARAMS)
+def test_wrong_params_are_refused_as_torch_refuses_them(params, rank):
+    """Guards against other messages than torch's for parameters that no optimizer takes."""
+    theirs = error_of(lambda: AdamW(params()))
+    assert theirs is not None
+    assert error_of(lambda: GaLoreAdamW(params(), rank=rank)) == theirs
+
+
+def test_parameter_twice_in_a_plain_group_warns_as_torch_does():
+    """Guards against a difference to torch, which warns and trains it twice."""
+    runs = []
+    for cls in (AdamW, GaLoreAdamW):
+        p = weight("default")
+        with pytest.warns(UserWarning, match="duplicate parameters"):
+            opt = cls([p, p], foreach=False)
+        train(opt, [p], range(2))
+        runs.append((p.detach(), dict(opt.state[p])))
+    assert same(*runs)
+
+
+@pytest.mark.parametrize("where", ["group", "constructor", "add_param_group"])
+def test_matrix_twice_in_a_projected_group_is_refused(where):
+    """Guards against two threads that step one matrix at once."""
+    p = weight("default")
+    opt = GaLoreAdamW([bias()])
+    make = {
+        "group": lambda: GaLoreAdamW([{"params": [p, p], "rank": 4}]),
+        "constructor": lambda: GaLoreAdamW([p, bias(), p], rank=4),
+        "add_param_group": lambda: opt.add_param_group({"params": [bias(), p, p], "rank": 4}),
+    }[where]
+    with pytest.raises(
+        ValueError, match="parameter 2 is parameter [01] again" if where != "group" else "again"
+    ):
+        make()
+    assert len(opt.param_groups) == 1
+
+
+@pytest.mark.parametrize("given", [3, "loss", torch.tensor(1.0)], ids=str)
+def test_closure_that_is_none_is_refused_as_torch_refuses_it(given):
+    """Guards against step(loss), as users of other libraries write it, being taken for a step."""
+    opt = optimizer("default", weight("default"), bias())
+    set_gradients(params_of(opt), 0)
+    before = snapshot(opt)
+    assert error_of(lambda: opt.step(given)) == error_of(lambda: AdamW([weight("default")]).step(given))
+    assert same(snapshot(opt), before)
+
+
+# --- Closures ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["default", "tolerance", "svd"])
+def test_closure_is_called_once_before_anything_is_written(kind):
+    """Guards against a closure called twice, as LBFGS does, or after the refresh; its value may be anything."""
+    w, b, v, c = weight(kind), bias(), weight(kind), bias()
+    opt, plain = optimizer(kind, w, b), optimizer(kind, v, c)
+    calls = []
+
+    def closure():
+        assert torch.is_grad_enabled()
+        opt.zero_grad()
+        loss = sum((p * gradient(tuple(p.shape), len(calls), p.dtype)).sum() for p in (w, b))
+        loss.backward()
+        calls.append(snapshot(opt))
+        return "any value", loss
+
+    for step in range(5):
+        before = snapshot(opt)
+        with torch.no_grad():
+            assert opt.step(closure)[0] == "any value"
+        assert len(calls) == step + 1
+        assert same(calls[-1], before)
+        train(plain, [v, c], [step])
+        assert same(snapshot(opt)[:2], snapshot(plain)[:2])
+    assert opt.step(lambda: None) is None
+
+
+def test_closure_that_raises_leaves_all_as_it_was():
+    """Guards against a step from half a backward, or a grad mode that stays behind."""
+    opt = optimizer("default", weight("default"), bias())
+    train(opt, params_of(opt), range(4))
+    before = snapshot(opt)
+
+    def closure():
+        raise KeyError("a batch that is not there")
+
+    with pytest.raises(KeyError, match="a batch"):
+        opt.step(closure)
+    assert torch.is_grad_enabled()
+    assert same(snapshot(opt), before)
+
+
+# --- Parameters of every kind --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_parameter_without_gradients_in_some_steps_has_its_own_clock(kind):
+    """Guards against a refresh, decay or bias correction by other parameters' steps."""
+    w, v, b = weight(kind), weight("default"), bias()
+    opt = optimizer(kind, w, b)
+    opt.add_param_group({"params": [("v", v)], "rank": 5, "update_proj_gap": 2})
+    alone = optimizer(kind, weight(kind), bias())
+    for step in range(8):
+        set_gradients([w, v, b], step)
+        if step % 3 == 1:
+            w.grad = None
+        opt.step()
+        if step % 3 != 1:
+            train(alone, params_of(alone)[:1], [step])
+    other = params_of(alone)[0]
+    assert same(w.detach(), other.detach())
+    assert same(dict(opt.state[w]), dict(alone.state[other]))
+    assert opt.state[v]["step"].item() == 8
+
+
+def test_dtypes_mixed_in_one_group_train_as_apart():
+    """Guards against one dtype's arithmetic for all of a list."""
+    dtypes = (torch.float32, torch.bfloat16, torch.float64, torch.float16)
+
+    def weights():
+        return [torch.nn.Parameter(gradient((16, 12), i).to(d)) for i, d in enumerate((*dtypes, *dtypes))]
+
+    keys = {"rank": 5, "update_proj_gap": 2, "seed": 3}
+    together = weights()
+    one = GaLoreAdamW([{"params": together, **keys}, {"params": [bias()]}], lr=0.05, eps=1e-4)
+    apart = weights()
+    many = GaLoreAdamW([{"params": [p], **keys} for p in apart], lr=0.05, eps=1e-4)
+    for opt, params in ((one, params_of(one)), (many, apart)):
+        train(opt, params, range(5))
+    for p, q in zip(together, apart, strict=True):
+        assert same(p.detach(), q.detach())
+        assert same(dict(one.state[p]), dict(many.state[q]))
+        check_state(p, one.state[p], 5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8, torch.complex64], ids=str)
+@pytest.mark.parametrize("keys", [{"rank": 4}, {"arithmetic": "galore_torch"}], ids=str)
+def test_dtypes_that_no_step_of_ours_takes_are_refused(dtype, keys):
+    """Guards against a parameter that some options train and others fail at, after the first half of a step."""
+    p = torch.zeros(8, 8).to(dtype)
+    with pytest.raises(TypeError, match=r"Invalid dtype of p: .*float64, float32, bfloat16 or float16"):
+        GaLoreAdamW([{"params": [("p", p)], **keys}])
+
+
+@pytest.mark.parametrize("kind", ["default", "tolerance", "svd", "bf16"])
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "dtype",
+        pytest.param(
+            "device",
+            marks=pytest.mark.xfail(
+                reason="subspace.new_state, moments.scale: tensors on the default device"
+            ),
+        ),
+    ],
+)
+def test_torchs_defaults_for_new_tensors_do_not_reach_the_state(kind, setting):
+    """Guards against state in fp64, or on another device, by set_default_dtype or set_default_device."""
+    runs = []
+    for changed in (False, True):
+        w, b = weight(kind), bias()
+        groups = [
+            {"params": [w], "rank": 6, **KINDS[kind][2]},
+            {"params": [b], "state_dtype": torch.bfloat16},
+        ]
+        opt = GaLoreAdamW(groups, lr=0.05)
+        gradients = [[gradient(tuple(p.shape), step, p.dtype) for p in (w, b)] for step in range(5)]
+        try:
+            if changed and setting == "dtype":
+                torch.set_default_dtype(torch.float64)
+            if changed and setting == "device":
+                torch.set_default_device("meta")
+            for w.grad, b.grad in gradients:
+                opt.step()
+        finally:
+            torch.set_default_dtype(torch.float32)
+            torch.set_default_device(None)
+        runs.append(snapshot(opt)[:2])
+    assert same(*runs)
+
+
+@pytest.mark.parametrize("rank", [None, 4])
+def test_uninitialized_parameters(rank):
+    """Guards against a lazy layer whose shape decides nothing, or a plain one that torch would take."""
+    layer = torch.nn.LazyLinear(12)
+    if rank is None:
+        opt = GaLoreAdamW(layer.parameters())
+        layer(torch.ones(2, 16)).sum().backward()
+        opt.step()
+        assert opt.state[layer.weight]["exp_avg"].shape == (12, 16)
+    else:
+        with pytest.raises(ValueError, match="uninitialized"):
+            GaLoreAdamW([{"params": layer.parameters(), "rank": rank}])
+
+
+@pytest.mark.parametrize(
+    "clone", [copy.deepcopy, lambda opt: pickle.loads(pickle.dumps(opt))], ids=["copy", "pickle"]
+)
+def test_groups_added_to_a_copy_have_the_constructors_keys(clone):
+    """Guards against defaults that copies lose, so that a new group is plain or has other options."""
+    opt = clone(GaLoreAdamW([weight("default")], lr=0.3, rank=5, update_proj_gap=7, scale=0.5))
+    opt.add_param_group({"params": [weight("default")]})
+    first, second = ({k: v for k, v in g.items() if k != "params"} for g in opt.param_groups)
+    assert first == second
+    assert (second["rank"], second["update_proj_gap"], second["scale"], second["lr"]) == (5, 7, 0.5, 0.3)
+
+
+def test_parameters_are_freed_with_the_optimizer():
+    """Guards against references that outlive it."""
+    opt = optimizer("tolerance", weight("tolerance"), bias())
+    train(opt, params_of(opt), range(4))
+    left = [weakref.ref(p) for p in params_of(opt)]
+    del opt
+    assert not any(ref() is not None for ref in left)
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        *(({"rank": None}, {"rank": 4}), ({"rank": 4}, {"rank": None}), ({"rank": 4}, {"rank": 20})),
+        ({"state_dtype": torch.bfloat16}, {"state_dtype": None}),
+    ],
+    ids=str,
+)
+def test_change_to_another_kind_of_state_is_refused(before, after):
+    """Guards against moments of one kind read as the other's: nothing is written, the parameter is named."""
+    w, v = weight("default"), weight("default")
+    opt = GaLoreAdamW([{"params": [("v", v)]}, {"params": [("w", w)], **before}])
+    train(opt, [v, w], range(2))
+    state = snapshot(opt)[:2]
+    opt.param_groups[1].update(after)
+    set_gradients([v, w], 2)
+    with pytest.raises(ValueError, match=r"state of w .* rank or state_dtype"):
+        opt.step()
+    assert same(snapshot(opt)[:2], state)
+    opt.param_groups[1].update(before)
+    opt.step()
+
+
+# --- Any mix of groups ----------------------------------------------------------------------------------------
+
+VALUES = {
+    "update_proj_gap": st.integers(1, 3),
+    "scale": st.floats(0, 2),
+    "proj_type": st.sampled_from(["std", "reverse_std", "left", "right"]),
+    "projector": st.sampled_from(["range_finder", "svd"]),
+    "sketch": st.sampled_from(["warm", "plain", "half_power", "power"]),
+    "power": st.integers(0, 2),
+    "oversampling": st.integers(0, 9),
+    "moments": st.sampled_from(["rotate", "keep"]),
+    "nonfinite": st.sampled_from(["skip", "raise"]),
+    "seed": st.integers(0, 2**63 - 1),
+    "arithmetic": st.sampled_from(["torch", "galore_torch", "bitsandbytes"]),
+    "preset": st.sampled_from([None, "default", "published"]),
+    "lr": st.floats(0, 0.1) | st.just(torch.tensor(0.05)),
+    "betas": st.tuples(st.floats(0, 0.99), st.floats(0, 0.99)),
+    "weight_decay": st.floats(0, 0.5),
+    "maximize": st.booleans(),
+    "foreach": st.sampled_from([None, False]),
+}
+SHAPE = st.lists(st.integers(1, 9), max_size=4).map(tuple) | st.sampled_from(
+    [(0, 4), (9, 9), (2, 7, 8), (8, 3, 2, 2)]
+)
+TENSOR = st.tuples(SHAPE, st.sampled_from([torch.float32, torch.float64, torch.bfloat16]))
+BY_TOLERANCE = st.fixed_dictionaries(
+    {"rank": st.integers(1, 7), "tolerance": st.floats(0.01, 0.9), "update_proj_gap": st.integers(1, 3)}
+)
+GROUP = st.fixed_dictionaries(
+    {"params": st.lists(TENSOR, max_size=4)}, optional={"rank": st.none() | st.integers(1, 7), **VALUES}
+) | BY_TOLERANCE.flatmap(
+    lambda keys: st.fixed_dictionaries({"params": st.lists(TENSOR, max_size=4)}).map(keys.__or__)
+)
+CONSTRUCTOR = st.fixed_dictionaries(
+    {},
+    optional={
+        "rank": st.none() | st.integers(1, 7),
+        "update_proj_gap": st.integers(1, 3),
+        "eps": st.just(1e-3),
+    },
+)
+INVALID = {
+    "rank": [0, -1, 2.0, True, "4"],
+    "update_proj_gap": [0, 1.5, None],
+    "scale": [math.nan, math.inf, "1"],
+    "proj_type": ["full", None],
+    "projector": ["qr"],
+    "sketch": ["cold", 0],
+    "power": [-1, 0.5],
+    "oversampling": [-1, None],
+    "moments": ["forget"],
+    "tolerance": [0.0, 1.0, -1, "0.1"],
+    "nonfinite": ["ignore"],
+    "seed": [-1, 2**63, 0.0],
+    "arithmetic": ["jax"],
+    "preset": ["fast", 1],
+}
+
+
+def make_tensors(specs):
+    generator = torch.Generator().manual_seed(4)
+    return [torch.nn.Parameter(torch.randn(s, generator=generator).to(dtype)) for s, dtype in specs]
+
+
+def with_tensors(group, names, number):
+    params = make_tensors(group["params"] or [((3,), torch.float32)] * names)  # no names without parameters
+    return {**group, "params": [(f"p{number}.{i}", p) for i, p in enumerate(params)] if names else params}
+
+
+def shorter_side(p):
+    """Of the matrices that the optimizer sees; 0: of none."""
+    if p.dim() < 2 or p.numel() == 0:
+        return 0
+    return min(p.shape[-2:]) if p.dim() == 3 else min(p.shape[0], p.numel() // p.shape[0])
+
+
+def check_groups(opt, untouched):
+    """What holds after any number of steps."""
+    for group in opt.param_groups:
+        SubspaceOptions.of(group)
+        for p in group["params"]:
+            if p in untouched:
+                assert p not in opt.state
+                assert same(p.detach(), untouched[p])
+            elif group["rank"] is not None and shorter_side(p) > group["rank"]:
+                check_state(p, opt.state[p], group["rank"])
+            else:
+                assert set(opt.state[p]) == {"step", "exp_avg", "exp_avg_sq"}
+                assert all(opt.state[p][k].shape == p.shape for k in ("exp_avg", "exp_avg_sq"))
+            assert p.isfinite().all()
+
+
+def train_some(opt, idle, steps):
+    params = params_of(opt)
+    untouched = {p: p.detach().clone() for i, p in enumerate(params) if idle and i % idle == 0}
+    for step in steps:
+        set_gradients([p for p in params if p not in untouched], step)
+        opt.step()
+    return untouched
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    groups=st.lists(GROUP, min_size=1, max_size=3),
+    added=GROUP,
+    constructor=CONSTRUCTOR,
+    names=st.booleans(),
+    idle=st.sampled_from([0, 2, 3]),
+)
+def test_any_mix_of_groups_trains(groups, added, constructor, names, idle):
+    """Guards against a combination that crashes, or a group, an order or a name that touches another's state."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "moments='keep'")
+        opt = GaLoreAdamW([with_tensors(g, names, i) for i, g in enumerate(groups)], **constructor)
+        untouched = train_some(opt, idle, range(3))
+        check_groups(opt, untouched)
+        opt.add_param_group(with_tensors(added, names, "new"))
+    untouched = train_some(opt, 0, range(3, 5))
+    check_groups(opt, {})
+    copied = copy.deepcopy(opt)
+    copied.load_state_dict(opt.state_dict())
+    assert same(snapshot(copied), snapshot(opt))
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    groups=st.lists(GROUP, min_size=1, max_size=2),
+    bad=GROUP,
+    wrong=st.sampled_from([(k, v) for k, values in INVALID.items() for v in values]),
+    where=st.sampled_from(["constructor", "group", "add_param_group"]),
+)
+def test_any_mix_with_an_invalid_key_is_refused_naming_it(groups, bad, wrong, where):
+    """Guards against an invalid group that is accepted, or that leaves its traces behind."""
+    key, value = wrong
+    first = [with_tensors(g, False, 0) for g in groups]
+    valid = {"rank": 3, "projector": "range_finder", "moments": "rotate", "tolerance": None, "preset": None}
+    invalid = {**with_tensors(bad, False, 1), **valid, key: value}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "moments='keep'")
+        opt = GaLoreAdamW(first)
+        train_some(opt, 2, range(2))
+        before, given_keys = snapshot(opt), dict(invalid)
+        refused = {
+            "constructor": lambda: GaLoreAdamW([bias()], **{key: value}),
+            "group": lambda: GaLoreAdamW([{"params": [bias()]}, invalid]),
+            "add_param_group": lambda: opt.add_param_group(invalid),
+        }
+        with pytest.raises((ValueError, TypeError), match=f"Invalid {key}: "):
+            refused[where]()
+    assert same(snapshot(opt), before)
+    assert len(invalid) == len(given_keys)
+    assert all(invalid[k] is v for k, v in given_keys.items())
+    train_some(opt, 0, range(2, 3))
+    check_groups(opt, {})
