@@ -71,6 +71,8 @@ def main() -> None:
         "plain search": searcher("plain"),
         "half power search": searcher("half_power"),
         "warm bf16": stepper(torch.bfloat16, update_proj_gap=1, sketch="warm"),
+        "8 bits": stepper(update_proj_gap=NEVER, state_dtype=torch.uint8),
+        "warm, 8 bits": stepper(update_proj_gap=1, sketch="warm", state_dtype=torch.uint8),
     }
     ms = interleaved({"peer": stepper(cls=galore_torch, update_proj_gap=NEVER, **published), **ours}, 21)
     slow = interleaved({"peer": stepper(cls=galore_torch, update_proj_gap=1, **published)}, 3)
@@ -107,6 +109,8 @@ def main() -> None:
                 row("step with refresh, tolerance .1", ms["tolerance"], "warm", ms["warm"], ""),
                 row("bf16 weights, step without refresh", ms["ours bf16"], "fp32", ms["ours"], "<= 1.3"),
                 row("bf16 weights, step with refresh, warm", ms["warm bf16"], "fp32", ms["warm"], "<= 1.3"),
+                row("8-bit moments, step without refresh", ms["8 bits"], "fp32", ms["ours"], ""),
+                row("8-bit moments, step with refresh, warm", ms["warm, 8 bits"], "fp32", ms["warm"], ""),
             ],
         )
     )

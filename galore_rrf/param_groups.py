@@ -32,8 +32,8 @@ def param_groups(
     """Two parameter groups: the matrices inside attention and MLP, projected, and all others, plain AdamW.
 
     Goes by name and number of dimensions alone: a parameter with at least two dimensions is projected if its
-    name contains one of `include` and none of `exclude`, and it is not tied (a tensor under two names goes
-    to the plain group).  The groups name their parameters, so errors and checkpoints can.
+    name contains one of `include` and none of `exclude`, in capitals or not, and it is not tied (a tensor under
+    two names goes to the plain group).  The groups name their parameters, so errors and checkpoints can.
 
     Args:
         model: a module, or its named parameters.
@@ -57,7 +57,7 @@ def param_groups(
         if id(p) in seen:
             continue
         seen.add(id(p))
-        chosen = any(part in name for part in include) and not any(part in name for part in exclude)
+        chosen = _has(name, include) and not _has(name, exclude)
         (projected if chosen and p.dim() >= 2 and uses[id(p)] == 1 else plain).append((name, p))
     if not projected:
         raise ValueError(
@@ -72,6 +72,10 @@ def param_groups(
         if plain_lr is not None:
             groups[1]["lr"] = plain_lr
     return groups
+
+
+def _has(name: str, parts: Sequence[str]) -> bool:
+    return any(part.lower() in name.lower() for part in parts)
 
 
 def with_rank(params: Any, rank: int | None) -> Any:

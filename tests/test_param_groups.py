@@ -154,3 +154,14 @@ def test_parameters_of_a_group_in_any_ordered_form(wrap, named):
     opt = GaLoreAdamW([{"params": wrap(params), "rank": 4}])
     assert [id(p) for p in opt.param_groups[0]["params"]] == [id(p) for p in layer.parameters()]
     assert opt.param_groups[0].get("param_names", ["weight", "bias"]) == ["weight", "bias"]
+
+
+def test_capitals_do_not_matter():
+    """Guards against names such as T5's SelfAttention that are passed over in silence."""
+    names_ = ["block.SelfAttention.q", "block.EncDecAttention.LayerNorm", "block.DenseReluDense.wi", "MLP.up"]
+    groups = param_groups([(n, nn.Parameter(torch.zeros(16, 16))) for n in names_], rank=4)
+    assert names(groups[0]) == ["block.SelfAttention.q", "MLP.up"]
+    groups = param_groups(
+        [(n, nn.Parameter(torch.zeros(16, 16))) for n in names_], rank=4, include=("dense",)
+    )
+    assert names(groups[0]) == ["block.DenseReluDense.wi"]
