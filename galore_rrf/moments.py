@@ -49,4 +49,4 @@ def values(state: Mapping[str, Any], name: str) -> Tensor:
 def scale(state: Mapping[str, Any], name: str) -> Tensor:
     """The scale of the moment `name`; empty where it is not coded."""
     found: Tensor | None = state.get(f"{name}_scale")
-    return torch.empty(0) if found is None else found
+    return torch.empty(0, device="cpu") if found is None else found

@@ -307,7 +307,7 @@ def projected_adamw_(
 
 
 def _uncoded(params: Sequence[Tensor]) -> list[Tensor]:
-    return [torch.empty(0) for _ in params]
+    return [torch.empty(0, device="cpu") for _ in params]
 
 
 def adamw_(

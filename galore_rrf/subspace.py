@@ -237,7 +237,7 @@ def new_state(p: Tensor, options: SubspaceOptions, key: int) -> dict[str, Any]:
     assert rank is not None
     shape, basis = state_shapes(matrix, side, rank)
     return {
-        "step": torch.zeros((), dtype=torch.float32),
+        "step": torch.zeros((), dtype=torch.float32, device="cpu"),
         **zero_moments(p, shape, options.state_dtype),
         # In the weight's dtype: half precision products take it as it is.
         "basis": torch.zeros(basis, dtype=p.dtype, device=p.device),

@@ -359,18 +359,7 @@ def test_dtypes_that_no_step_of_ours_takes_are_refused(dtype, keys):
 
 
 @pytest.mark.parametrize("kind", ["default", "tolerance", "svd", "bf16"])
-@pytest.mark.parametrize(
-    "setting",
-    [
-        "dtype",
-        pytest.param(
-            "device",
-            marks=pytest.mark.xfail(
-                reason="subspace.new_state, moments.scale: tensors on the default device"
-            ),
-        ),
-    ],
-)
+@pytest.mark.parametrize("setting", ["dtype", "device"])
 def test_torchs_defaults_for_new_tensors_do_not_reach_the_state(kind, setting):
     """Guards against state in fp64, or on another device, by set_default_dtype or set_default_device."""
     runs = []

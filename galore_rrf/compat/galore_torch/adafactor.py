@@ -169,7 +169,7 @@ class GaLoreAdafactor(Optimizer):
 def _new_state(p: Tensor, options: SubspaceOptions, key: int, first_moment: bool) -> dict[str, Any]:
     """Zeros; ``refreshes`` 0 says that there is no basis yet."""
     zeros = partial(torch.zeros, dtype=compute_dtype(p), device=p.device)
-    state: dict[str, Any] = {"step": torch.zeros((), dtype=torch.float32), "RMS": zeros(())}
+    state: dict[str, Any] = {"step": torch.zeros((), dtype=torch.float32, device="cpu"), "RMS": zeros(())}
     shape: tuple[int, ...] = tuple(p.shape)
     if options.rank is not None:
         side = side_of(as_matrices(p), options.proj_type)
