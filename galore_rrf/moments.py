@@ -46,6 +46,17 @@ def values(state: Mapping[str, Any], name: str) -> Tensor:
     return ops.dequantize_moment(moment, state[f"{name}_scale"], name == "exp_avg")
 
 
+def keep_as(state: dict[str, Any], dtype: torch.dtype, *, flat: bool) -> None:
+    """Keeps both moments of a state in another dtype; `flat`: coded in one run, as those of plain parameters."""
+    for name in NAMES:
+        moment = state[name]
+        entries = {**state, name: moment.flatten()} if flat else state
+        state |= kept(name, values(entries, name), dtype)
+        state[name] = state[name].view(moment.shape)
+        if dtype != CODES:
+            state.pop(f"{name}_scale", None)
+
+
 def scale(state: Mapping[str, Any], name: str) -> Tensor:
     """The scale of the moment `name`; empty where it is not coded."""
     found: Tensor | None = state.get(f"{name}_scale")

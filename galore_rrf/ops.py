@@ -356,9 +356,10 @@ def adamw_(
 def quantize_moment(moment: Tensor, is_signed: bool) -> tuple[Tensor, Tensor]:
     """8-bit codes of a moment, uint8 of its shape, and the largest magnitude of every 256 entries, fp32.
 
-    Dynamic codes (Dettmers et al. 2022); not `is_signed` for the second moment, which is not negative.
+    Dynamic codes (Dettmers et al. 2022); not `is_signed` for the second moment, which is not negative, and of
+    which 0 alone is coded as 0.
     Blocks run over the entries in row-major order, of a stack (e, m, n) matrix by matrix: the scale is (blocks,)
-    or (e, blocks).  A block with a NaN or infinite entry is lost as a whole.
+    or (e, blocks).  A block with a NaN is lost as a whole.
     """
     codes, scale = _ops.quantize_moment(moment, is_signed)
     return codes, scale

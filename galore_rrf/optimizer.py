@@ -22,6 +22,7 @@ from galore_rrf.subspace import (
     SubspaceKeys,
     SubspaceOptions,
     as_matrices,
+    follow,
     is_projected,
     is_torchs,
     matrix_count,
@@ -147,6 +148,9 @@ class GaLoreAdamW(AdamW):
                 if options.nonfinite == "raise":
                     _check_finite(group, projected)
         for group, options, projected, own, others in work:
+            for p in others:
+                if self.state[p]:
+                    follow(p, self.state[p], options)
             self._torch_step(group, others)
             if skip:
                 continue
@@ -172,6 +176,7 @@ class GaLoreAdamW(AdamW):
                         for key, value in zero_moments(p, (p.numel(),), options.state_dtype).items()
                     },
                 )
+            follow(p, self.state[p], options)
         states = [self.state[p] for p in params]
         weights = [p.contiguous() for p in params]
         beta1, beta2 = group["betas"]
@@ -237,6 +242,8 @@ class GaLoreAdamW(AdamW):
     def _projected_step(self, group: dict[str, Any], options: SubspaceOptions, params: list[Tensor]) -> None:
         """Refreshes that may change shapes first, then the step of all."""
         self._init_projected(params, options)
+        for p in params:
+            follow(p, self.state[p], options)
         due = [p for p in params if refresh_due(self.state[p], options.update_proj_gap)]
         apart = [p for p in due if not refreshed_in_step(p, self.state[p], options)]
         coefficients: dict[Tensor, Tensor | None] = {}
@@ -432,12 +439,10 @@ def _check_states(
     for params, has_basis in ((projected, True), (own, False), (others, False)):
         for name, p in _names(group, params):
             known = state.get(p)
-            if known and (
-                ("basis" in known) != has_basis or (params is others and known["exp_avg"].dtype != p.dtype)
-            ):
+            if known and ("basis" in known) != has_basis:
                 raise ValueError(
-                    f"the state of {name} was made under another rank or state_dtype than the group's "
-                    f"{group['rank']} and {group['state_dtype']} (nothing was written)"
+                    f"the state of {name} was made under another rank than the group's {group['rank']} "
+                    "(nothing was written)"
                 )
 
 

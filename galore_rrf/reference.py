@@ -440,12 +440,14 @@ def quantize_moment(moment: Tensor, is_signed: bool) -> tuple[Tensor, Tensor]:
     """The nearest codes of entries over the largest magnitude of their block of 256, and those magnitudes."""
     pieces = moment.flatten(1) if moment.dim() == 3 else moment.reshape(1, -1)
     padded = torch.nn.functional.pad(pieces.float(), (0, -pieces.shape[1] % 256)).unflatten(1, (-1, 256))
-    scale = padded.abs().amax(-1)
+    scale = padded.abs().amax(-1).clamp(max=torch.finfo(torch.float32).max)
     relative = padded / torch.where(scale == 0, 1, scale).unsqueeze(-1)
     magnitudes = dynamic_code(is_signed)[127 if is_signed else 0 :]
     codes = torch.bucketize(relative.abs(), (magnitudes[1:] + magnitudes[:-1]) / 2)
     if is_signed:  # -1 is no code
         codes = torch.where(relative < 0, 127 - codes.clamp(max=127), 127 + codes)
+    else:  # a variance must not vanish beside a mean that does not
+        codes = torch.where((codes == 0) & (relative > 0), 1, codes)
     codes = codes.to(torch.uint8)
     codes = codes.flatten(1)[:, : pieces.shape[1]].reshape(moment.shape)
     return codes, scale if moment.dim() == 3 else scale[0]

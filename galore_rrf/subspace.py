@@ -260,6 +260,21 @@ def zero_moments(p: Tensor, shape: Sequence[int], state_dtype: torch.dtype | Non
     }
 
 
+def follow(p: Tensor, state: dict[str, Any], options: SubspaceOptions) -> None:
+    """Keeps moments and basis as the weight and its group ask for by now: either may have changed."""
+    plain = "basis" not in state
+    shape: Sequence[int] = (p.numel(),)
+    if not plain:
+        shape, _ = state_shapes(as_matrices(p), state["side"], rank_of(p, options) or state["rank"])
+        if state["basis"].dtype != p.dtype:
+            state["basis"] = state["basis"].to(p.dtype)
+    dtype = moments.kept_dtype(math.prod(shape), options.state_dtype, compute_dtype(p))
+    if plain and is_torchs(p, options):
+        dtype = p.dtype
+    if state["exp_avg"].dtype != dtype:
+        moments.keep_as(state, dtype, flat=plain)
+
+
 def refresh_due(state: Mapping[str, Any], gap: int) -> bool:
     """Whether the coming step refreshes; a refresh that failed stays due."""
     return state["refreshes"] == 0 or int(state["step"]) - state["last_refresh"] >= gap

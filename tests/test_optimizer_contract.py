@@ -422,10 +422,7 @@ def test_parameters_are_freed_with_the_optimizer():
 
 @pytest.mark.parametrize(
     ("before", "after"),
-    [
-        *(({"rank": None}, {"rank": 4}), ({"rank": 4}, {"rank": None}), ({"rank": 4}, {"rank": 20})),
-        ({"state_dtype": torch.bfloat16}, {"state_dtype": None}),
-    ],
+    [({"rank": None}, {"rank": 4}), ({"rank": 4}, {"rank": None}), ({"rank": 4}, {"rank": 20})],
     ids=str,
 )
 def test_change_to_another_kind_of_state_is_refused(before, after):
@@ -436,7 +433,7 @@ def test_change_to_another_kind_of_state_is_refused(before, after):
     state = snapshot(opt)[:2]
     opt.param_groups[1].update(after)
     set_gradients([v, w], 2)
-    with pytest.raises(ValueError, match=r"state of w .* rank or state_dtype"):
+    with pytest.raises(ValueError, match=r"state of w was made under another rank"):
         opt.step()
     assert same(snapshot(opt)[:2], state)
     opt.param_groups[1].update(before)

@@ -22,8 +22,8 @@ void variance_to_moments_range(float* m, float* v, const float* mean, const floa
 void variance_to_moments_range(double* m, double* v, const double* mean, const double* variance, int64_t n,
                                double correction1, double correction2);
 
-// One block of at most 256 entries, and back: `scale` is the largest magnitude.  A NaN or infinite entry
-// makes the block NaN or infinite.
+// One block of at most 256 entries, and back: `scale` is the largest magnitude, the largest finite number
+// where that is infinite.  A NaN entry makes the block NaN.
 void decode_block(float* out, const uint8_t* codes, float scale, int64_t n, const DynamicCode& code);
 void encode_block(uint8_t* codes, float* scale, const float* in, int64_t n, const DynamicCode& code);
 

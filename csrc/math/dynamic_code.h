@@ -42,7 +42,7 @@ class DynamicCode {
 
   GALORE_RRF_HD float value(uint8_t code) const { return value_[code]; }
 
-  // The code nearest to x in [-1, 1]; halfway the one nearer to 0.
+  // The code nearest to x in [-1, 1], halfway the one nearer to 0; unsigned, 0 is for 0 alone.
   GALORE_RRF_HD uint8_t nearest(float x) const {
     const uint32_t bits = std::bit_cast<uint32_t>(x), magnitude = bits & 0x7FFFFFFFu;
     int32_t cell = static_cast<int32_t>(magnitude >> 16) - kFirstCell;
@@ -53,7 +53,9 @@ class DynamicCode {
     i += std::bit_cast<float>(magnitude) > boundary_[i] ? 1 : 0;
     const int32_t below_zero = 127 - (i < 127 ? i : 127);  // -1 is no code
     const int32_t signed_code = bits != magnitude ? below_zero : 127 + i;
-    return static_cast<uint8_t>(signed_ ? signed_code : i);
+    // A variance must not vanish beside a mean that does not: the step would be the mean over eps.
+    const int32_t unsigned_code = i == 0 && magnitude != 0 ? 1 : i;
+    return static_cast<uint8_t>(signed_ ? signed_code : unsigned_code);
   }
 
  private:

@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <chrono>
 #include <cmath>
+#include <exception>
 #include <new>
 #include <string_view>
 
@@ -207,9 +208,14 @@ std::vector<Outcome> projected_adamw_(const std::vector<ProjectedParameter>& par
   const Step step(adamw, refresh);
   std::vector<Outcome> outcomes(matrices.size(), Outcome::skipped);
   std::vector<double> seconds(matrices.size(), 0.0);
+  std::vector<std::exception_ptr> errors(matrices.size());
   for_each_in_parallel(costs, [&](int64_t i, int64_t abreast) {
     const auto k = static_cast<size_t>(i);
-    outcomes[k] = step(matrices[k], seconds[k]);
+    try {
+      outcomes[k] = step(matrices[k], seconds[k]);
+    } catch (...) {
+      errors[k] = std::current_exception();  // told once the clocks of all others have moved
+    }
     seconds[k] /= static_cast<double>(abreast);
   });
 
@@ -227,6 +233,9 @@ std::vector<Outcome> projected_adamw_(const std::vector<ProjectedParameter>& par
       at::Tensor count = parameters[i].step;
       count.add_(1);
     }
+  }
+  for (const std::exception_ptr& error : errors) {
+    if (error) std::rethrow_exception(error);
   }
   return result;
 }

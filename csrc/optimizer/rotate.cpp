@@ -21,11 +21,16 @@ void rotate_moments_out(const at::Tensor& out_exp_avg, const at::Tensor& out_exp
   const auto buffer = [&](int64_t rank, int64_t width) {
     return transposed ? at::empty({width, rank}, s.options()).mT() : at::empty({rank, width}, s.options());
   };
+  // All that is allocated, before anything is written.
+  const int64_t most = std::min(kTile, length);
+  const at::Tensor means = buffer(old_rank, most), variances = buffer(old_rank, most);
+  const at::Tensor new_means = buffer(new_rank, most), new_variances = buffer(new_rank, most);
   for (int64_t start = 0; start < length; start += kTile) {
     const int64_t width = std::min(kTile, length - start);
     const auto tile = [&](const at::Tensor& t) { return t.narrow(1, start, width); };
-    const at::Tensor mean = buffer(old_rank, width), variance = buffer(old_rank, width);
-    at::Tensor new_mean = buffer(new_rank, width), new_variance = buffer(new_rank, width);
+    const auto part = [&](const at::Tensor& t) { return t.narrow(1, 0, width); };
+    const at::Tensor mean = part(means), variance = part(variances);
+    at::Tensor new_mean = part(new_means), new_variance = part(new_variances);
     kernels.moments_to_variance(mean, variance, tile(exp_avg), tile(exp_avg_sq), bias_correction1,
                                 bias_correction2);
     at::mm_out(new_mean, s, mean);
