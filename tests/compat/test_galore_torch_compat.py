@@ -220,7 +220,7 @@ def test_run_begun_by_theirs_goes_on_here():
     """Guards against an import that leaves out the subspace, the moments or when the next refresh is due."""
     keys = {"rank": RANK, "update_proj_gap": 3, "scale": 0.25, "proj_type": "std"}
     a, b = (
-        [torch.nn.Parameter(gradient(shape, 99)) for shape in ((16, 24), (24, 16), (7,))] for _ in range(2)
+        [torch.nn.Parameter(gradient(shape, 99)) for shape in ((16, 24), (4, 24), (7,))] for _ in range(2)
     )
     theirs = PublishedAdamW(
         [{"params": a[:2], **keys}, {"params": a[2:]}], lr=0.02, no_deprecation_warning=True
@@ -275,6 +275,114 @@ def test_full_rank_state_that_does_not_fit_names_its_parameter():
     assert same(snapshot(opt), before)
 
 
+BAD_ADAFACTORS = {
+    "version": (lambda d: d["param_groups"][0].update(schema_version=7), "Invalid schema_version: 7"),
+    "groups_of_another": (lambda d: d["param_groups"][1].pop("clip_threshold"), "lacks clip_threshold of"),
+    "moments": (lambda d: d["param_groups"][0].update(moments="rotate"), "Invalid moments: 'rotate'"),
+    "rank": (lambda d: d["param_groups"][0].update(rank=4), "Invalid rank of parameter 0: 4 .must be 5"),
+    "plain": (
+        lambda d: d["param_groups"][0].update(rank=None),
+        "Invalid rank of parameter 0: None .must be 5",
+    ),
+    "projected": (
+        lambda d: d["param_groups"][1].update(rank=9),
+        "parameter 6, which is projected, lacks basis",
+    ),
+    "missing": (
+        lambda d: d["state"][2].pop("exp_avg_sq_col"),
+        "parameter 2, which is .* lacks exp_avg_sq_col",
+    ),
+    "unknown": (lambda d: d["state"][5].update(projector=1), "parameter 5 has unknown keys projector"),
+    "basis": (lambda d: d["state"][1].update(basis=torch.zeros(3, 3)), "basis of parameter 1 has shape"),
+    "row": (
+        lambda d: d["state"][3].update(exp_avg_sq_row=torch.zeros(2)),
+        "exp_avg_sq_row of parameter 3 has shape",
+    ),
+    "first_moment": (
+        lambda d: d["state"][6].update(exp_avg=torch.zeros(2)),
+        "exp_avg of parameter 6 has shape",
+    ),
+    "kind": (lambda d: d["state"][7].update(RMS=1.0), "RMS of parameter 7 must be a .*floating-point tensor"),
+    "step": (lambda d: d["state"][0].update(step=torch.tensor(1.5)), "step of parameter 0 must be a whole"),
+    "refreshes": (
+        lambda d: d["state"][0].update(refreshes=-1),
+        "refreshes of parameter 0 must be an integer",
+    ),
+    "refresh_to_come": (
+        lambda d: d["state"][0].update(last_refresh=9),
+        "last_refresh of parameter 0 must be",
+    ),
+    "side": (lambda d: d["state"][0].update(side=2), "side of parameter 0 must be 0"),
+}
+
+
+@pytest.mark.parametrize(("spoil", "message"), BAD_ADAFACTORS.values(), ids=BAD_ADAFACTORS)
+def test_adafactor_refuses_a_state_that_does_not_fit(spoil, message):
+    """Guards against a state that loads and fails in the step, or is half loaded before it is refused."""
+    opt, params = build("adafactor")
+    train(opt, params, range(2))
+    before, bad = snapshot(opt), saved_and_loaded(opt.state_dict())
+    spoil(bad)
+    with pytest.raises(ValueError, match=message):
+        opt.load_state_dict(bad)
+    assert same(snapshot(opt), before)
+    assert not opt._optimizer_load_state_dict_pre_hooks
+
+
+def test_loaded_adafactor_is_apart_from_its_source():
+    """Guards against a copy whose steps move the clock, or anything else, of the original."""
+    opt, params = build("adafactor")
+    train(opt, params, range(2))
+    before = snapshot(opt)
+    again, others = build("adafactor")
+    again.load_state_dict(opt.state_dict())
+    train(again, others, range(2, 4))
+    assert same(snapshot(opt), before)
+    assert float(again.state[others[0]]["step"]) == 4
+
+
+def test_load_hooks_of_the_user_see_and_change_what_adafactor_loads():
+    """Guards against tensors read again from the dict that the hook has replaced, and hooks after the check."""
+    opt, params = build("adafactor")
+    train(opt, params, range(2))
+    saved = opt.state_dict()
+    saved["param_groups"][0]["schema_version"] = 7
+
+    def hook(_, loaded):
+        groups = [{**group, "schema_version": 1} for group in loaded["param_groups"]]
+        state = {
+            i: {**s, "RMS": torch.full((), 3.0), "step": torch.tensor(9.0)}
+            for i, s in loaded["state"].items()
+        }
+        return {**loaded, "param_groups": groups, "state": state}
+
+    again, others = build("adafactor")
+    again.register_load_state_dict_pre_hook(hook)
+    again.load_state_dict(saved)
+    assert all(float(again.state[p]["RMS"]) == 3 and float(again.state[p]["step"]) == 9 for p in others)
+
+
+@pytest.mark.parametrize(
+    ("group", "keys", "message"),
+    [
+        (0, {"rank": 4}, r"Invalid rank of 'w': 4 \(must be 5"),
+        (0, {"rank": None}, r"Invalid rank of 'w': None \(must be 5"),
+        (1, {"rank": 4}, r"Invalid rank of 'plain': 4 \(must be None"),
+        (1, {"beta1": 0.9}, r"Invalid beta1 of 'plain': 0.9 \(must stay None"),
+    ],
+)
+def test_changed_keys_of_adafactor_raise_before_anything_is_written(group, keys, message):
+    """Guards against a factored moment of another shape, met after other weights have moved."""
+    params = [torch.nn.Parameter(gradient((16, 24), i)) for i in range(2)]
+    opt = GaLoreAdafactor([{"params": [("w", params[0])], "rank": RANK}, {"params": [("plain", params[1])]}])
+    train(opt, params, range(2))
+    opt.param_groups[group].update(keys)
+    before = snapshot(opt)
+    with pytest.raises(ValueError, match=message):
+        train(opt, params, [2])
+    assert same(snapshot(opt), before)
+
+
 @pytest.mark.parametrize(
     ("cls", "options"),
     [(GaLoreAdamW, {"betas": (0.0, 0.9)}), (GaLoreAdafactor, {})],
@@ -283,7 +391,7 @@ def test_full_rank_state_that_does_not_fit_names_its_parameter():
 def test_range_finder_follows_the_svd(cls, options):
     """Guards against columns in another order than the SVD's, where kept second moments belong to others.
 
-    Signs are arbitrary in both, so there is no first moment.
+    Signs differ, so there is no first moment.
     """
     spectrum = torch.diag(2.0 ** -torch.arange(24))
     left, right = (
@@ -455,3 +563,29 @@ def test_8bit_trajectory_stays_by_the_one_in_fp32(shape, gradient, rank, bound):
     error = (a - b).norm() / (a - start).norm()
     assert 0 < error <= bound
     assert ours.state[b]["exp_avg"].dtype == torch.uint8
+
+
+def embedding_gradient(step):
+    """That of 500 rows, of which 64 tokens by Zipf's law touch a few: most rows rarely have one."""
+    generator = torch.Generator().manual_seed(step)
+    rows = torch.multinomial(1 / torch.arange(1, 501), 64, replacement=True, generator=generator)
+    return torch.zeros(500, 64).index_add_(0, rows, torch.randn(64, 64, generator=generator) / 64)
+
+
+@pytest.mark.parametrize("keys", [{}, {"rank": 16, "update_proj_gap": 50, "scale": 1.0}], ids=str)
+def test_8bit_steps_of_rarely_touched_rows_are_no_longer_than_in_fp32(keys):
+    """Guards against variances coded as 0 beside means that are not: steps of thousands of lr."""
+    moves, ends = [], []
+    for cls in (GaLoreAdamW, GaLoreAdamW8bit):
+        p = torch.nn.Parameter(torch.zeros(500, 64))
+        opt = cls([{"params": [p], **keys}], lr=1e-3, eps=1e-8, weight_decay=0.0)
+        moves.append(0.0)
+        for step in range(200):
+            before = p.detach().clone()
+            p.grad = embedding_gradient(step)
+            opt.step()
+            moves[-1] = max(moves[-1], float((p.detach() - before).abs().max()))
+        ends.append(p.detach())
+    assert opt.state[p]["exp_avg_sq"].dtype == torch.uint8
+    assert moves[1] <= 1.1 * moves[0]
+    assert (ends[1] - ends[0]).norm() <= 0.05 * ends[0].norm()

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from galore_rrf.checkpoint import check_sizes, completed_groups
+from galore_rrf.checkpoint.schema import _INTS, _check_step, _check_tensor, _copy, _step
 from galore_rrf.compat.galore_torch.published import PUBLISHED
 from galore_rrf.subspace import (
+    LEFT,
     RIGHT,
     SCHEMA_VERSION,
     SubspaceOptions,
@@ -93,29 +95,37 @@ class GaLoreAdafactor(Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group, its keys completed by the optimizer's defaults."""
         group = {**self.defaults, **param_group, **resolve(param_group, self.defaults)}
-        for name, only in _FIXED.items():
-            if group[name] != only:
-                raise ValueError(f"Invalid {name}: {group[name]!r} (must be {only!r} in GaLoreAdafactor)")
-        if group["lr"] is None and not group["relative_step"]:
-            raise ValueError("Invalid lr: None (must be a number without relative_step)")
+        _check_group(group)
         super().add_param_group(group)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One optimization step; returns what `closure` returns.  RuntimeError for sparse gradients."""
+        """One optimization step; returns what `closure` returns.
+
+        Raises, nothing written, RuntimeError for sparse gradients; ValueError where a group's rank was changed,
+        or its beta1 from None: the state has no place for that.
+        """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is not None:
-                    self._step(p, p.grad, group)
+        work = [(name, p, p.grad, group) for name, p, group in self._named() if p.grad is not None]
+        for name, p, grad, group in work:
+            _check(name, p, grad, self.state.get(p), group)
+        for _, p, grad, group in work:
+            self._step(p, grad, group)
         return loss
 
+    def _named(self) -> Iterator[tuple[str, Tensor, dict[str, Any]]]:
+        """Every parameter with its name, or its place among all, and its group."""
+        place = 0
+        for group in self.param_groups:
+            names = group.get("param_names", ())
+            for i, p in enumerate(group["params"]):
+                yield repr(names[i]) if i < len(names) else f"parameter {place}", p, group
+                place += 1
+
     def _step(self, p: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
-        if grad.layout != torch.strided:
-            raise RuntimeError(f"GaLoreAdafactor does not support sparse gradients, got {grad.layout}")
         options = SubspaceOptions.of({**group, "rank": rank_of(p, SubspaceOptions.of(group))})
         state = self.state[p]
         if not state:
@@ -156,34 +166,150 @@ class GaLoreAdafactor(Optimizer):
         return key
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads a state dict of this class."""
-        super().load_state_dict(state_dict)
-        # Again, since the base class has cast it to the dtype of the weights.
-        for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
-            for p, saved_id in zip(group["params"], saved["params"], strict=True):
-                for key, value in state_dict["state"].get(saved_id, {}).items():
-                    if isinstance(value, Tensor) and key != "step":
-                        self.state[p][key] = value.detach().to(p.device, copy=True)
+        """Loads a state dict of this class, its groups' ranks included.
+
+        Raises ValueError naming the parameter where the state does not fit it; the optimizer is then as it was.
+        """
+        states: list[tuple[Tensor, dict[str, Any]]] = []
+
+        def validate(_: Any, loaded: dict[str, Any]) -> dict[str, Any]:
+            check_sizes(self.param_groups, loaded["param_groups"])
+            groups = completed_groups(self.param_groups, loaded["param_groups"])
+            for group in groups:
+                missing = [key for key in self.defaults if key not in group]
+                if missing:
+                    raise ValueError(
+                        f"a group of the state dict lacks {', '.join(missing)} of GaLoreAdafactor"
+                    )
+                _check_group(group)
+            places = [(saved_id, group) for group in groups for saved_id in group["params"]]
+            for (name, p, _group), (saved_id, group) in zip(self._named(), places, strict=True):
+                saved = loaded["state"].get(saved_id)
+                if saved:
+                    _check_state(name, p, saved, group)
+                    states.append((p, _copied(p, saved)))
+            return {**loaded, "param_groups": groups}
+
+        self._loading = states
+        handle = self.register_load_state_dict_pre_hook(validate)  # after the user's
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            handle.remove()
+            del self._loading
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Ends unpickling and loading; what is loaded comes from the file, not from the base class, which has
+        cast it to the dtype of the weights."""
+        super().__setstate__(state)
+        for p, loaded in getattr(self, "_loading", ()):
+            self.state[p] = loaded
+
+
+# --- Checks -------------------------------------------------------------------------------------------
+
+
+def _check_group(group: Mapping[str, Any]) -> None:
+    for name, only in _FIXED.items():
+        if group[name] != only:
+            raise ValueError(f"Invalid {name}: {group[name]!r} (must be {only!r} in GaLoreAdafactor)")
+    if group["lr"] is None and not group["relative_step"]:
+        raise ValueError("Invalid lr: None (must be a number without relative_step)")
+
+
+def _check(
+    name: str, p: Tensor, grad: Tensor, state: Mapping[str, Any] | None, group: Mapping[str, Any]
+) -> None:
+    """Raises where the gradient is sparse or the state of another kind than the group asks for."""
+    if grad.layout != torch.strided:
+        raise RuntimeError(
+            f"GaLoreAdafactor does not support sparse gradients, and that of {name} is {grad.layout}"
+        )
+    if not state:
+        return
+    _check_rank(name, state.get("rank"), rank_of(p, SubspaceOptions.of(group)))
+    if group["beta1"] is not None and "exp_avg" not in state:
+        raise ValueError(
+            f"Invalid beta1 of {name}: {group['beta1']} (must stay None, as when its state was made; nothing was "
+            "written)"
+        )
+
+
+def _check_rank(name: str, known: int | None, rank: int | None) -> None:
+    if known != rank:
+        raise ValueError(
+            f"Invalid rank of {name}: {rank} (must be {known}, as when its state was made, which cannot be moved to "
+            "another; nothing was written)"
+        )
+
+
+def _check_state(name: str, p: Tensor, saved: Mapping[str, Any], group: Mapping[str, Any]) -> None:
+    """Raises ValueError unless `saved` is a state of `p` in `group`."""
+    for key in _INTS:
+        value = saved.get(key, 0)
+        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+            raise ValueError(f"{key} of {name} must be an integer, not negative, got {value!r}")
+    side = saved.get("side", RIGHT)
+    if side not in (RIGHT, LEFT):
+        raise ValueError(f"side of {name} must be 0 (right) or 1 (left), got {side}")
+    rank = rank_of(p, SubspaceOptions.of(group))
+    if "rank" in saved:
+        _check_rank(name, saved["rank"], rank)
+    shapes = _shapes(p, side, rank, group["beta1"] is not None or "exp_avg" in saved)
+    keys = ("step", *shapes, *(_INTS if rank is not None else ()))
+    missing = [key for key in keys if key not in saved]
+    if missing:
+        kind = "plain" if rank is None else "projected"
+        raise ValueError(f"the state of {name}, which is {kind}, lacks {', '.join(missing)}")
+    unknown = [str(key) for key in saved if key not in keys]
+    if unknown:
+        raise ValueError(f"the state of {name} has unknown keys {', '.join(unknown)}")
+    _check_step(name, saved["step"])
+    steps = float(saved["step"])
+    if saved.get("last_refresh", 0) > steps:
+        raise ValueError(
+            f"last_refresh of {name} must be at most its step, {steps:.0f}, got {saved['last_refresh']}"
+        )
+    needs = f"a parameter of shape {tuple(p.shape)} at rank {rank}"
+    for key, shape in shapes.items():
+        _check_tensor(f"{key} of {name}", saved[key], shape, needs)
+
+
+# --- State --------------------------------------------------------------------------------------------
+
+
+def _shapes(p: Tensor, side: int, rank: int | None, first_moment: bool) -> dict[str, tuple[int, ...]]:
+    """Those of a state's tensors beside the step."""
+    shape: tuple[int, ...] = tuple(p.shape)
+    shapes: dict[str, tuple[int, ...]] = {"RMS": ()}
+    if rank is not None:
+        shape, shapes["basis"] = state_shapes(as_matrices(p), side, rank)
+    if first_moment:
+        shapes["exp_avg"] = shape
+    if len(shape) < 2:
+        return {**shapes, "exp_avg_sq": shape}
+    return {**shapes, "exp_avg_sq_row": shape[:-1], "exp_avg_sq_col": (*shape[:-2], shape[-1])}
 
 
 def _new_state(p: Tensor, options: SubspaceOptions, key: int, first_moment: bool) -> dict[str, Any]:
     """Zeros; ``refreshes`` 0 says that there is no basis yet."""
-    zeros = partial(torch.zeros, dtype=compute_dtype(p), device=p.device)
-    state: dict[str, Any] = {"step": torch.zeros((), dtype=torch.float32, device="cpu"), "RMS": zeros(())}
-    shape: tuple[int, ...] = tuple(p.shape)
+    state: dict[str, Any] = {"step": torch.zeros((), dtype=torch.float32, device="cpu")}
+    side = RIGHT
     if options.rank is not None:
         side = side_of(as_matrices(p), options.proj_type)
-        shape, basis = state_shapes(as_matrices(p), side, options.rank)
-        state |= {"basis": zeros(basis), "rank": options.rank, "side": side, "key": key}
-        state |= {"refreshes": 0, "last_refresh": 0}
-    if first_moment:
-        state["exp_avg"] = zeros(shape)
-    if len(shape) < 2:
-        state["exp_avg_sq"] = zeros(shape)
-    else:
-        state["exp_avg_sq_row"] = zeros(shape[:-1])
-        state["exp_avg_sq_col"] = zeros((*shape[:-2], shape[-1]))
+        state |= {"rank": options.rank, "side": side, "key": key, "refreshes": 0, "last_refresh": 0}
+    for name, shape in _shapes(p, side, options.rank, first_moment).items():
+        state[name] = torch.zeros(shape, dtype=compute_dtype(p), device=p.device)
     return state
+
+
+def _copied(p: Tensor, saved: Mapping[str, Any]) -> dict[str, Any]:
+    """A saved state as it is while training."""
+    dtype = compute_dtype(p)
+    copies = {
+        key: _copy(p, value, dtype) if isinstance(value, Tensor) else value for key, value in saved.items()
+    }
+    return {**copies, "step": _step(saved)}
 
 
 def _projected(state: dict[str, Any], grad: Tensor, options: SubspaceOptions) -> Tensor:
