@@ -261,6 +261,21 @@ def edit_plain_group(**keys):
     return change
 
 
+def complex_moment(parameter, key):
+    def change(saved):
+        saved["state"][parameter][key] = saved["state"][parameter][key] * 1j
+
+    return change
+
+
+def at_rank(rank):
+    def change(saved):
+        keys = {"exp_avg": (24, rank), "exp_avg_sq": (24, rank), "basis": (16, rank)}
+        saved["state"][0].update(rank=rank, **{key: torch.zeros(shape) for key, shape in keys.items()})
+
+    return change
+
+
 def another_shape(saved):
     saved["state"][0]["exp_avg"] = torch.zeros(7, 6)
 
@@ -317,7 +332,23 @@ REFUSED = {
     "plain_int": (edit_plain("exp_avg", torch.ones(5).long()), "exp_avg of 'b'"),
     "plain_codes": (edit_plain("exp_avg", torch.ones(5).byte()), "exp_avg of 'b' is 8-bit"),
     "plain_amsgrad": (edit_plain_group(amsgrad=True), "'b' lacks max_exp_avg_sq"),
+    **{
+        f"{key}_complex": (
+            complex_moment(0, key),
+            f"{key} of 'w' must be a floating-point tensor, got a torch.complex64",
+        )
+        for key in ("exp_avg", "exp_avg_sq", "basis")
+    },
+    **{
+        f"plain_{key}_complex": (
+            complex_moment(1, key),
+            f"{key} of 'b' must be a floating-point tensor, got a torch.complex64",
+        )
+        for key in moments.NAMES
+    },
     "rank_zero": (edit("rank", 0), "rank of 'w'"),
+    "rank_17": (at_rank(17), r"rank of 'w' must be at most 16, .* of shape \(24, 16\), got 17"),
+    "refreshed_later": (edit("last_refresh", 6), "last_refresh of 'w' must be at most its step, 5, got 6"),
     "other_rank": (edit("rank", 5), "of 'w' has shape"),
     "side_2": (edit("side", 2), "side of 'w'"),
     "other_side": (edit("side", 1), "of 'w' has shape"),
@@ -353,6 +384,44 @@ def test_state_that_does_not_fit_is_refused_and_nothing_changes(change, message)
     train(opt, params_of(opt), [3])
     twin = started("default", 4)
     assert same(snapshot(opt), snapshot(twin))
+
+
+def test_rank_of_a_state_is_bounded_by_the_shorter_side_on_either_side():
+    """Guards against a bound by the projected side: such a state is never refreshed, and the step fails."""
+    for shape, proj_type in (((16, 64), "right"), ((64, 16), "left"), ((3, 16, 64), "right")):
+        p = torch.nn.Parameter(gradient(shape, 0))
+        opt = GaLoreAdamW([{"params": [("w", p)], "rank": 12, "proj_type": proj_type}])
+        train(opt, [p], [0])
+        saved = opt.state_dict()
+        for rank, fits in ((16, True), (17, False), (40, False)):
+            (m, n), stack = shape[-2:], shape[:-2]
+            kept = (*stack, m, rank) if proj_type == "right" else (*stack, rank, n)
+            basis = (*stack, n if proj_type == "right" else m, rank)
+            state = {**saved["state"][0], "rank": rank, "basis": torch.zeros(basis)}
+            state |= {key: torch.zeros(kept) for key in moments.NAMES}
+            if fits:
+                opt.load_state_dict({**saved, "state": {0: state}})
+                continue
+            with pytest.raises(ValueError, match=f"rank of 'w' must be at most 16.*got {rank}"):
+                opt.load_state_dict({**saved, "state": {0: state}})
+
+
+def test_moments_of_complex_parameters_are_complex():
+    """Guards against a refusal of what torch keeps for them, or real moments that fail in the next step."""
+    p = torch.nn.Parameter(torch.ones(6, dtype=torch.complex64))
+    opt = GaLoreAdamW([("w", p)])
+    p.grad = torch.ones_like(p) * (1 + 2j)
+    opt.step()
+    saved = opt.state_dict()
+    opt.load_state_dict(saved)
+    assert opt.state[p]["exp_avg"].dtype == torch.complex64
+    opt.step()
+    real = {**saved["state"][0], "exp_avg": torch.zeros(6)}
+    with pytest.raises(ValueError, match="exp_avg of 'w' must be a complex tensor"):
+        opt.load_state_dict({**saved, "state": {0: real}})
+    coded = {"exp_avg": torch.zeros(6, dtype=torch.uint8), "exp_avg_scale": torch.ones(1)}
+    with pytest.raises(ValueError, match="exp_avg of 'w' must be a complex tensor"):
+        opt.load_state_dict({**saved, "state": {0: {**saved["state"][0], **coded}}})
 
 
 def test_refusal_of_an_unnamed_parameter_says_its_number():

@@ -14,7 +14,7 @@ from torch.optim import AdamW
 from training import check_state, gradient, params_of, same, saved_and_loaded, train
 
 from benchmarks.peers import galore_torch_adamw
-from galore_rrf import GaLoreAdamW, param_groups
+from galore_rrf import GaLoreAdamW, moments, param_groups
 from galore_rrf.checkpoint import from_galore_torch, from_torch_adamw, load_galore_torch
 
 # --- torch.optim.AdamW ----------------------------------------------------------------------------------
@@ -246,6 +246,39 @@ def test_imported_moments_are_kept_as_the_group_keeps_them():
     train(opt, [p, b], range(3, 5))
 
 
+@pytest.mark.parametrize("shape", [(80, 96), (3, 50, 60), (12, 10, 6, 7)], ids=["matrix", "stack", "conv"])
+def test_codes_of_a_plain_state_are_decoded(shape):
+    """Guards against codes read as moments of up to 255, or decoded matrix by matrix: plain ones are flat."""
+    p = parameter(shape)
+    plain = GaLoreAdamW([p], state_dtype=torch.uint8)
+    train(plain, [p], range(3))
+    coded = plain.state_dict()
+    state = coded["state"][0]
+    assert state["exp_avg"].dtype == torch.uint8
+    flat = {**state, **{key: state[key].flatten() for key in moments.NAMES}}
+    decoded = {key: moments.values(flat, key).view(shape) for key in moments.NAMES}
+    uncoded = {**coded, "state": {0: {"step": state["step"], **decoded}}}
+    opt = GaLoreAdamW([{"params": [p], "rank": 8}])
+    assert same(from_torch_adamw(opt, coded), from_torch_adamw(opt, uncoded))
+    opt.load_state_dict(from_torch_adamw(opt, coded))
+    assert opt.state[p]["exp_avg"].abs().max() <= decoded["exp_avg"].norm()
+    same_kind = GaLoreAdamW([p], state_dtype=torch.uint8)
+    same_kind.load_state_dict(from_torch_adamw(same_kind, coded))
+    assert same(dict(same_kind.state[p]), dict(plain.state[p]))
+
+
+@pytest.mark.parametrize("shape", [(12, 24), (24, 12), (2, 12, 24)], ids=["wide", "tall", "stack"])
+def test_rank_over_the_shorter_side_is_all_of_it(shape):
+    """Guards against a rank that no basis has, in the arithmetics that project such matrices."""
+    p = parameter(shape)
+    opt = GaLoreAdamW([{"params": [p], "rank": 20, "arithmetic": "galore_torch"}])
+    opt.load_state_dict(from_torch_adamw(opt, adamws([p], 3)))
+    check_state(p, opt.state[p], 12)
+    assert opt.state[p]["rank"] == 12
+    train(opt, [p], [3])
+    assert p.isfinite().all()
+
+
 # --- galore_torch ---------------------------------------------------------------------------------------
 
 PUBLISHED = {"rank": 5, "update_proj_gap": 3, "scale": 0.25}
@@ -380,6 +413,15 @@ def test_state_of_galore_torch_that_does_not_fit_is_refused_by_name(published):
     with pytest.raises(ValueError, match="ortho_matrix of the projector of 'w'"):
         from_galore_torch(opt, state_dict)
     state_dict = saved()
+    del state_dict["state"][0]["projector"].ortho_matrix
+    with pytest.raises(ValueError, match="ortho_matrix of the projector of 'w'"):
+        from_galore_torch(opt, state_dict)
+    for gap in (0, None, 2.5):
+        state_dict = saved()
+        state_dict["state"][0]["projector"].update_proj_gap = gap
+        with pytest.raises(ValueError, match=f"update_proj_gap of the projector of 'w' .*got {gap}"):
+            from_galore_torch(opt, state_dict)
+    state_dict = saved()
     state_dict["state"][0]["projector"].ortho_matrix = torch.zeros(5, 11)
     with pytest.raises(ValueError, match="basis of 'w' has shape"):
         opt.load_state_dict(from_galore_torch(opt, state_dict))
@@ -419,3 +461,31 @@ def test_8bit_moments_of_bitsandbytes_are_decoded(block, nested):
             code = int(codes[f"state{i}"].flatten()[j])
             expected = float(tables[f"qmap{i}"][code]) * float(largest[f"absmax{i}"][j // block])
             assert got[j] == pytest.approx(expected, rel=1e-6, abs=1e-7)
+
+
+@pytest.mark.parametrize("nested", [False, True], ids=["flat", "nested"])
+def test_8bit_moments_that_cannot_be_decoded_are_refused_by_name(nested):
+    """Guards against StopIteration, which ends a loop around it in silence, and against a bare KeyError."""
+    coded = {
+        **{f"state{i}": torch.zeros(70, 64, dtype=torch.uint8) for i in (1, 2)},
+        **{f"qmap{i}": torch.linspace(0, 1, 256) for i in (1, 2)},
+        **{f"absmax{i}": torch.ones(18) for i in (1, 2)},
+    }
+    opt = GaLoreAdamW([("w", parameter((70, 64)))])
+
+    def convert(**keys):
+        kept = {key: value for key, value in {**coded, **keys}.items() if value is not None}
+        state = {"step": 4, **({"__bnb_optimizer_quant_state__": kept} if nested else kept)}
+        return from_galore_torch(opt, {"state": {0: state}, "param_groups": [{"params": [0]}]})
+
+    convert()
+    message = r"absmax2 of 'w' must have 18 or 3 entries, one for every 256 or 2048, got 5"
+    with pytest.raises(ValueError, match=message):
+        convert(absmax2=torch.ones(5))
+    with pytest.raises(ValueError, match=r"qmap1 of 'w' must have 256 entries, got .*\(16,\)"):
+        convert(qmap1=torch.ones(16))
+    for key in ("state2", "absmax1", "qmap2"):
+        with pytest.raises(ValueError, match=f"the state of 'w' lacks {key}"):
+            convert(**{key: None})
+        with pytest.raises(ValueError, match=f"{key} of 'w' must be a tensor, got list"):
+            convert(**{key: [1.0]})

@@ -130,6 +130,69 @@ def test_match_shapes_finds_the_state_under_any_name(tmp_path):
                 assert getattr(a, "shape", a) == getattr(b, "shape", b)
 
 
+def two_optimizers(path):
+    """A checkpoint of two, with equal parameter names and other ranks."""
+    runs = {}
+    for name, steps, seed in (("gen", 4, 0), ("dis", 7, 1)):
+        of, opt = trained("tolerance", steps)
+        for p in of.parameters():
+            p.data += seed
+        runs[name] = (of, opt)
+    states = {name: get_optimizer_state_dict(*run) for name, run in runs.items()}
+    dcp.save(states, checkpoint_id=path, no_dist=True)
+    return {name: opt for name, (_, opt) in runs.items()}
+
+
+def test_match_shapes_tells_two_optimizers_apart(tmp_path):
+    """Guards against the shapes of the discriminator for the generator."""
+    opts = two_optimizers(tmp_path)
+    metadata = dcp.FileSystemReader(tmp_path).read_metadata()
+    ranks = {name: [opt.state[p].get("rank") for p in params_of(opt)] for name, opt in opts.items()}
+    assert ranks["gen"] != ranks["dis"]
+    other = model()
+    fresh = optimizer(other, "tolerance")
+    with pytest.raises(ValueError, match=r"more than one optimizer.*'dis', 'gen'.*prefix="):
+        match_shapes(other, fresh, metadata)
+    with pytest.raises(ValueError, match=r"Invalid prefix: 'model' .*'dis', 'gen'"):
+        match_shapes(other, fresh, metadata, prefix="model")
+    for name in opts:
+        match_shapes(other, fresh, metadata, prefix=name)
+        assert [fresh.state[p].get("rank") for p in params_of(fresh)] == ranks[name]
+
+
+def test_match_shapes_with_a_module_called_state(tmp_path):
+    """Guards against the state of "state.w" taken for that of "w" in another optimizer."""
+
+    def nested():
+        torch.manual_seed(0)
+        inner = torch.nn.ModuleDict({"mlp": torch.nn.Linear(16, 24)})
+        return torch.nn.ModuleDict({"state": inner, "mlp": torch.nn.Linear(16, 24)})
+
+    of = nested()
+    opt = optimizer(of, "tolerance")
+    train(opt, list(of.parameters()), range(4))
+    saved_to(tmp_path, of, opt)
+    other = nested()
+    fresh = optimizer(other, "tolerance")
+    for prefix in (None, "optim"):
+        match_shapes(other, fresh, dcp.FileSystemReader(tmp_path).read_metadata(), prefix=prefix)
+    loaded_from(tmp_path, other, fresh)
+    assert same(snapshot(fresh)[:2], snapshot(opt)[:2])
+
+
+def test_match_shapes_starts_a_trained_optimizer_anew(tmp_path):
+    """Guards against a count of steps of zero beside the refreshes of the run before."""
+    of, opt = trained("tolerance")
+    saved_to(tmp_path, of, opt)
+    other, used = trained("tolerance", 8)
+    match_shapes(other, used, dcp.FileSystemReader(tmp_path).read_metadata())
+    for p in used.param_groups[0]["params"]:
+        state = used.state[p]
+        assert (float(state["step"]), state["refreshes"], state["last_refresh"]) == (0, 0, 0)
+    loaded_from(tmp_path, other, used)
+    assert same(snapshot(used)[:2], snapshot(opt)[:2])
+
+
 def test_match_shapes_refuses_another_model(tmp_path):
     """Guards against a checkpoint of another model found out only when tensors are missing."""
     of, opt = trained("fixed")

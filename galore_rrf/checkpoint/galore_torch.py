@@ -13,6 +13,7 @@ from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
 from galore_rrf import moments
 from galore_rrf.checkpoint.match import Match, imported
+from galore_rrf.checkpoint.schema import kind_of
 from galore_rrf.checkpoint.torch_adamw import converted
 from galore_rrf.subspace import RIGHT, as_matrices, side_of
 
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
 
 _PROJECTOR = "galore_torch.galore_projector.GaLoreProjector"
 _PROJ_TYPES = ("std", "reverse_std", "left", "right")
+
+
+_BLOCKS = (256, 2048)  # of bitsandbytes, now and formerly
 
 
 class _Projector:
@@ -79,9 +83,16 @@ def _converted(match: Match) -> Mapping[str, Any] | None:
             f"proj_type of the projector of {match.name} is {proj_type!r} "
             f"(can be imported: {', '.join(map(repr, _PROJ_TYPES))})"
         )
-    basis, gap = projector.ortho_matrix, projector.update_proj_gap
+    basis = getattr(projector, "ortho_matrix", None)  # missing or None in one that was never used
     if not isinstance(basis, Tensor) or basis.dim() != 2:
-        raise ValueError(f"ortho_matrix of the projector of {match.name} must be a matrix, got {type(basis)}")
+        raise ValueError(
+            f"ortho_matrix of the projector of {match.name} must be a matrix, got {kind_of(basis)}"
+        )
+    gap = getattr(projector, "update_proj_gap", None)
+    if isinstance(gap, bool) or not isinstance(gap, int) or gap < 1:
+        raise ValueError(
+            f"update_proj_gap of the projector of {match.name} must be a positive integer, got {gap!r}"
+        )
     side = side_of(as_matrices(match.p), proj_type)
     basis = basis.mT if side == RIGHT else basis
     # It refreshes where the count of steps taken is a multiple of the interval.
@@ -101,19 +112,36 @@ def _moments(name: str, saved: Mapping[str, Any]) -> dict[str, Tensor]:
     """Both moments in floating point: bitsandbytes names its own state1 and state2."""
     saved = {**saved, **saved.get("__bnb_optimizer_quant_state__", {})}
     if "state1" in saved:
-        return {key: _decoded(saved, i) for i, key in enumerate(moments.NAMES, 1)}
+        return {key: _decoded(name, saved, i) for i, key in enumerate(moments.NAMES, 1)}
     missing = [key for key in moments.NAMES if key not in saved]
     if missing:
         raise ValueError(f"the state of {name} lacks {', '.join(missing)}")
     return {key: saved[key] for key in moments.NAMES}
 
 
-def _decoded(saved: Mapping[str, Any], i: int) -> Tensor:
+def _decoded(name: str, saved: Mapping[str, Any], i: int) -> Tensor:
     """A moment of bitsandbytes: codes into a table of values, a maximum for every 256 or 2048 entries."""
-    codes: Tensor = saved[f"state{i}"]
+    codes = _tensor(name, saved, f"state{i}")
     if codes.dtype != torch.uint8:
         return codes
-    absmax = saved[f"absmax{i}"]
-    block = next(b for b in (256, 2048) if ceil(codes.numel() / b) == absmax.numel())
-    values = saved[f"qmap{i}"][codes.flatten().long()]
+    absmax, table = (_tensor(name, saved, f"{key}{i}") for key in ("absmax", "qmap"))
+    if table.shape != (256,):
+        raise ValueError(f"qmap{i} of {name} must have 256 entries, got {kind_of(table)}")
+    blocks = {ceil(codes.numel() / block): block for block in _BLOCKS}
+    block = blocks.get(absmax.numel())
+    if block is None:
+        raise ValueError(
+            f"absmax{i} of {name} must have {' or '.join(map(str, blocks))} entries, one for every "
+            f"{' or '.join(map(str, _BLOCKS))}, got {absmax.numel()}"
+        )
+    values = table[codes.flatten().long()]
     return (values * absmax.repeat_interleave(block)[: codes.numel()]).view(codes.shape)
+
+
+def _tensor(name: str, saved: Mapping[str, Any], key: str) -> Tensor:
+    if key not in saved:
+        raise ValueError(f"the state of {name} lacks {key}")
+    value = saved[key]
+    if not isinstance(value, Tensor):
+        raise ValueError(f"{key} of {name} must be a tensor, got {kind_of(value)}")
+    return value

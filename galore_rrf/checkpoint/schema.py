@@ -119,9 +119,21 @@ def check_projected_state(name: str, p: Tensor, saved: Mapping[str, Any]) -> Non
     if saved["rank"] < 1:
         raise ValueError(f"rank of {name} must be positive, got {saved['rank']}")
     if not isinstance(saved["step"], Tensor):
-        raise ValueError(f"step of {name} must be a tensor, got {_kind(saved['step'])}")
+        raise ValueError(f"step of {name} must be a tensor, got {kind_of(saved['step'])}")
     _check_step(name, saved["step"])
-    shape, basis = state_shapes(as_matrices(p), saved["side"], saved["rank"])
+    if saved["last_refresh"] > float(saved["step"]):
+        raise ValueError(
+            f"last_refresh of {name} must be at most its step, {float(saved['step']):.0f}, "
+            f"got {saved['last_refresh']}"
+        )
+    matrix = as_matrices(p)
+    shorter = min(matrix.shape[-2:])
+    if saved["rank"] > shorter:
+        raise ValueError(
+            f"rank of {name} must be at most {shorter}, the shorter side of a parameter of shape "
+            f"{tuple(p.shape)}, got {saved['rank']}"
+        )
+    shape, basis = state_shapes(matrix, saved["side"], saved["rank"])
     needs = f"a parameter of shape {tuple(p.shape)} at rank {saved['rank']}"
     _check_moments(name, saved, shape, needs)
     _check_tensor(f"basis of {name}", saved["basis"], basis, needs)
@@ -136,18 +148,20 @@ def check_plain_state(name: str, p: Tensor, saved: Mapping[str, Any], *, amsgrad
     if missing:
         raise ValueError(f"the state of {name} lacks {', '.join(missing)}")
     _check_step(name, saved["step"])
-    _check_moments(name, saved, tuple(p.shape), "the parameter", scale=(ceil(p.numel() / moments.BLOCK),))
+    shape, scale, of_complex = tuple(p.shape), (ceil(p.numel() / moments.BLOCK),), p.is_complex()
+    _check_moments(name, saved, shape, "the parameter", scale=scale, of_complex=of_complex)
     if amsgrad:
-        _check_tensor(f"max_exp_avg_sq of {name}", saved["max_exp_avg_sq"], tuple(p.shape), "the parameter")
+        what = f"max_exp_avg_sq of {name}"
+        _check_tensor(what, saved["max_exp_avg_sq"], shape, "the parameter", of_complex=of_complex)
 
 
 def _check_step(name: str, step: object) -> None:
     """A number will do: torch converts those of old checkpoints."""
     if isinstance(step, Tensor):
         if not step.is_floating_point() or step.numel() != 1:
-            raise ValueError(f"step of {name} must be one floating-point number, got {_kind(step)}")
+            raise ValueError(f"step of {name} must be one floating-point number, got {kind_of(step)}")
     elif isinstance(step, bool) or not isinstance(step, (int, float)):
-        raise ValueError(f"step of {name} must be a tensor, got {_kind(step)}")
+        raise ValueError(f"step of {name} must be a tensor, got {kind_of(step)}")
     if not (float(step) >= 0 and float(step).is_integer()):
         raise ValueError(f"step of {name} must be a whole number, not negative, got {float(step)}")
 
@@ -158,10 +172,12 @@ def _check_moments(
     shape: tuple[int, ...],
     needs: str,
     scale: tuple[int, ...] | None = None,
+    *,
+    of_complex: bool = False,
 ) -> None:
     for key in moments.NAMES:
         coded = isinstance(saved[key], Tensor) and saved[key].dtype == moments.CODES
-        _check_tensor(f"{key} of {name}", saved[key], shape, needs, coded=coded)
+        _check_tensor(f"{key} of {name}", saved[key], shape, needs, coded=coded, of_complex=of_complex)
         scale_key = f"{key}_scale"
         if coded != (scale_key in saved):
             is_so = "8-bit" if coded else "not 8-bit"
@@ -174,15 +190,25 @@ def _check_moments(
 
 
 def _check_tensor(
-    what: str, value: object, shape: tuple[int, ...], needs: str, *, coded: bool = False
+    what: str,
+    value: object,
+    shape: tuple[int, ...],
+    needs: str,
+    *,
+    coded: bool = False,
+    of_complex: bool = False,
 ) -> None:
-    if not isinstance(value, Tensor) or not (coded or value.is_floating_point() or value.is_complex()):
-        raise ValueError(f"{what} must be a floating-point tensor, got {_kind(value)}")
+    if of_complex:
+        if not isinstance(value, Tensor) or not value.is_complex():
+            raise ValueError(f"{what} must be a complex tensor, as the parameter is, got {kind_of(value)}")
+    elif not isinstance(value, Tensor) or not (coded or value.is_floating_point()):
+        raise ValueError(f"{what} must be a floating-point tensor, got {kind_of(value)}")
     if tuple(value.shape) != shape:
         raise ValueError(f"{what} has shape {tuple(value.shape)}, but {needs} needs {shape}")
 
 
-def _kind(value: object) -> str:
+def kind_of(value: object) -> str:
+    """What a value is, for messages."""
     if isinstance(value, Tensor):
         return f"a {value.dtype} tensor of shape {tuple(value.shape)}"
     return type(value).__name__
@@ -201,9 +227,13 @@ def _projected_state(p: Tensor, saved: Mapping[str, Any], state_dtype: torch.dty
 
 
 def _plain_state(p: Tensor, saved: Mapping[str, Any], state_dtype: torch.dtype | None) -> dict[str, Any]:
-    flat = {**saved, **{name: saved[name].reshape(-1) for name in moments.NAMES}}  # as plain ones are coded
-    kept = _moments(p, flat, state_dtype)
+    kept = _moments(p, flattened(saved), state_dtype)
     return {"step": _step(saved), **kept, **{name: kept[name].view(p.shape) for name in moments.NAMES}}
+
+
+def flattened(saved: Mapping[str, Any]) -> dict[str, Any]:
+    """A plain state with its moments flat, as they are coded."""
+    return {**saved, **{name: saved[name].reshape(-1) for name in moments.NAMES}}
 
 
 def _moments(p: Tensor, saved: Mapping[str, Any], state_dtype: torch.dtype | None) -> dict[str, Tensor]:

@@ -10,9 +10,9 @@ import torch
 
 from galore_rrf import moments, ops
 from galore_rrf.checkpoint.match import Match, imported
-from galore_rrf.checkpoint.schema import check_plain_state
+from galore_rrf.checkpoint.schema import check_plain_state, flattened
 from galore_rrf.range_finder import Status
-from galore_rrf.subspace import RIGHT, as_matrices, compute_dtype, side_of
+from galore_rrf.subspace import RIGHT, as_matrices, compute_dtype, rank_of, side_of
 
 if TYPE_CHECKING:
     from galore_rrf.optimizer import GaLoreAdamW
@@ -25,6 +25,7 @@ def from_torch_adamw(
 ) -> dict[str, Any]:
     """The state dict of a `torch.optim.AdamW` as one for ``optimizer.load_state_dict``.
 
+    That of a `GaLoreAdamW` without projected parameters will do, 8-bit codes included.
     Plain parameters keep their state.  A projected one takes its basis, at the rank of its group, from its
     first moment, and both moments move into it as at any refresh; the next refresh is a full interval away.
     Where the moment is zero or not finite there is nothing to keep: that parameter starts anew.
@@ -64,17 +65,20 @@ def converted(match: Match) -> Mapping[str, Any] | None:
 def projected_state(match: Match) -> dict[str, Any] | None:
     """Full moments in the subspace of the first; a matrix of a stack without one has a basis of zeros."""
     p, options = match.p, match.options
-    assert options.rank is not None
+    rank = rank_of(p, options)
+    assert rank is not None
     dtype = compute_dtype(p)
+    flat = flattened(match.saved)
     exp_avg, exp_avg_sq = (
-        as_matrices(match.saved[name].detach()).to(p.device, dtype) for name in moments.NAMES
+        as_matrices(moments.values(flat, name).detach().view(p.shape)).to(p.device, dtype)
+        for name in moments.NAMES
     )
     steps = float(match.saved["step"])
     side = side_of(exp_avg, options.proj_type)
     oriented = exp_avg.mT if side == RIGHT else exp_avg
     basis, _, _, status = ops.range_finder(
         oriented,
-        options.rank,
+        rank,
         oversampling=_OVERSAMPLING,
         ordered=True,
         coefficients=False,
@@ -95,7 +99,7 @@ def projected_state(match: Match) -> dict[str, Any] | None:
     return {
         "step": torch.tensor(steps),
         **{name: value.where(known[..., None, None], 0) for name, value in found.items()},
-        "rank": options.rank,
+        "rank": rank,
         "side": side,
         "key": match.key,
         "refreshes": 1,
