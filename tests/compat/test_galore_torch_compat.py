@@ -342,7 +342,7 @@ def test_loaded_adafactor_is_apart_from_its_source():
 
 
 def test_load_hooks_of_the_user_see_and_change_what_adafactor_loads():
-    """Guards against tensors read again from the dict that the hook has replaced, and hooks after the check."""
+    """Guards against tensors read again from the dict that a hook has replaced, and hooks after the check."""
     opt, params = build("adafactor")
     train(opt, params, range(2))
     saved = opt.state_dict()

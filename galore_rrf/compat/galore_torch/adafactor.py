@@ -102,8 +102,8 @@ class GaLoreAdafactor(Optimizer):
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One optimization step; returns what `closure` returns.
 
-        Raises, nothing written, RuntimeError for sparse gradients; ValueError where a group's rank was changed,
-        or its beta1 from None: the state has no place for that.
+        Raises, nothing written, RuntimeError for sparse gradients; ValueError where a group's rank was
+        changed, or its beta1 from None: the state has no place for that.
         """
         loss = None
         if closure is not None:
@@ -168,7 +168,8 @@ class GaLoreAdafactor(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a state dict of this class, its groups' ranks included.
 
-        Raises ValueError naming the parameter where the state does not fit it; the optimizer is then as it was.
+        Raises ValueError naming the parameter where the state does not fit it; the optimizer is then as it
+        was.
         """
         states: list[tuple[Tensor, dict[str, Any]]] = []
 
@@ -230,16 +231,16 @@ def _check(
     _check_rank(name, state.get("rank"), rank_of(p, SubspaceOptions.of(group)))
     if group["beta1"] is not None and "exp_avg" not in state:
         raise ValueError(
-            f"Invalid beta1 of {name}: {group['beta1']} (must stay None, as when its state was made; nothing was "
-            "written)"
+            f"Invalid beta1 of {name}: {group['beta1']} (must stay None, as when its state was made; nothing "
+            "was written)"
         )
 
 
 def _check_rank(name: str, known: int | None, rank: int | None) -> None:
     if known != rank:
         raise ValueError(
-            f"Invalid rank of {name}: {rank} (must be {known}, as when its state was made, which cannot be moved to "
-            "another; nothing was written)"
+            f"Invalid rank of {name}: {rank} (must be {known}, as when its state was made, which cannot be "
+            "moved to another; nothing was written)"
         )
 
 
