@@ -15,9 +15,10 @@ from torch.optim.adamw import AdamW, adamw
 from torch.optim.optimizer import _use_grad_for_differentiable
 from typing_extensions import Unpack
 
-from galore_rrf import checkpoint, moments, ops
+from galore_rrf import checkpoint, moments, ops, two_sided
 from galore_rrf.param_groups import with_rank
 from galore_rrf.subspace import (
+    BOTH,
     SCHEMA_VERSION,
     SubspaceKeys,
     SubspaceOptions,
@@ -244,6 +245,10 @@ class GaLoreAdamW(AdamW):
         self._init_projected(params, options)
         for p in params:
             follow(p, self.state[p], options)
+        for p in params:
+            if self.state[p]["side"] == BOTH:
+                self._two_sided_step(p, group, options)
+        params = [p for p in params if self.state[p]["side"] != BOTH]
         due = [p for p in params if refresh_due(self.state[p], options.update_proj_gap)]
         apart = [p for p in due if not refreshed_in_step(p, self.state[p], options)]
         coefficients: dict[Tensor, Tensor | None] = {}
@@ -265,6 +270,21 @@ class GaLoreAdamW(AdamW):
             params,
             [self.state[p]["refreshes"] if p in within else -1 for p in params],
             [coefficients.get(p) for p in params],
+        )
+
+    def _two_sided_step(self, p: Tensor, group: dict[str, Any], options: SubspaceOptions) -> None:
+        beta1, beta2 = map(float, group["betas"])
+        two_sided.step(
+            p,
+            _grad(p),
+            self.state[p],
+            options,
+            lr=float(group["lr"]),
+            betas=(beta1, beta2),
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            maximize=group["maximize"],
+            correct_bias=group.get("correct_bias", True),
         )
 
     def _call(

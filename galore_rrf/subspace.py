@@ -18,13 +18,13 @@ from torch import Tensor
 from galore_rrf import moments, ops
 from galore_rrf.range_finder import Status
 
-RIGHT, LEFT = 0, 1
+RIGHT, LEFT, BOTH = 0, 1, 2
 
 SCHEMA_VERSION = 1
 """Version of the per-parameter state; every group carries it as ``schema_version``."""
 
 STATE_KEYS = ("step", "exp_avg", "exp_avg_sq", "basis", "rank", "side", "key", "refreshes", "last_refresh")
-"""Tensors `step` to `basis`, then ints; see docs/architecture.md."""
+"""Tensors `step` to `basis`, then ints; on both sides ``basis_right`` too; see docs/checkpoints.md."""
 
 
 class RefinementKeys(TypedDict, total=False):
@@ -64,7 +64,7 @@ PRESETS: dict[str, SubspaceKeys] = {
 }
 
 _CHOICES = {
-    "proj_type": ("std", "reverse_std", "left", "right"),
+    "proj_type": ("std", "reverse_std", "left", "right", "full"),
     "projector": ("range_finder", "svd"),
     "sketch": ("warm", "plain", "half_power", "power"),
     "moments": ("rotate", "keep"),
@@ -101,7 +101,7 @@ class SubspaceOptions:
         update_proj_gap: steps from one refresh to the next; 1: every step.
         scale: factor on the update, GaLore's alpha.
         proj_type: ``"std"`` projects the shorter side (right where m >= n), ``"reverse_std"`` the longer;
-            ``"right"``, ``"left"``.
+            ``"right"``, ``"left"``; ``"full"`` both, R = P^T G Q (`two_sided`).
         projector: ``"range_finder"``, or ``"svd"`` (exact, for comparison).
         sketch: of the range finder: ``"warm"`` starts from the previous basis, ``"plain"``,
             ``"half_power"``, ``"power"`` from a Gaussian test matrix.
@@ -149,6 +149,8 @@ class SubspaceOptions:
         _check_number("scale", self.scale, math.isfinite, "a finite number")
         if self.tolerance is not None:
             _check_number("tolerance", self.tolerance, lambda x: 0 < x < 1, "between 0 and 1, or None")
+            if self.proj_type == "full":
+                raise ValueError("tolerance goes with a projection of one side, got proj_type='full'")
             if self.projector != "range_finder" or self.moments != "rotate":
                 raise ValueError(
                     f"tolerance goes with projector='range_finder' and moments='rotate' (ranks change), "
@@ -210,6 +212,8 @@ def is_torchs(p: Tensor, options: SubspaceOptions) -> bool:
 
 
 def side_of(matrix: Tensor, proj_type: str) -> int:
+    if proj_type == "full":
+        return BOTH
     if proj_type in ("right", "left"):
         return RIGHT if proj_type == "right" else LEFT
     tall = matrix.shape[-2] >= matrix.shape[-1]
@@ -222,8 +226,10 @@ def compute_dtype(p: Tensor) -> torch.dtype:
 
 
 def state_shapes(matrix: Tensor, side: int, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Shapes of the moments and of the basis."""
+    """Shapes of the moments and of the basis; that of ``basis_right`` is the latter with n for m."""
     *stack, m, n = matrix.shape
+    if side == BOTH:
+        return (*stack, rank, rank), (*stack, m, rank)
     if side == RIGHT:
         return (*stack, m, rank), (*stack, n, rank)
     return (*stack, rank, n), (*stack, m, rank)
@@ -241,12 +247,19 @@ def new_state(p: Tensor, options: SubspaceOptions, key: int) -> dict[str, Any]:
         **zero_moments(p, shape, options.state_dtype),
         # In the weight's dtype: half precision products take it as it is.
         "basis": torch.zeros(basis, dtype=p.dtype, device=p.device),
+        **({"basis_right": right_basis(p, matrix, rank)} if side == BOTH else {}),
         "rank": rank,
         "side": side,
         "key": key,
         "refreshes": 0,
         "last_refresh": 0,
     }
+
+
+def right_basis(p: Tensor, matrix: Tensor, rank: int) -> Tensor:
+    """Zeros in place of the second basis of a two-sided projection."""
+    *stack, _, n = matrix.shape
+    return torch.zeros(*stack, n, rank, dtype=p.dtype, device=p.device)
 
 
 def zero_moments(p: Tensor, shape: Sequence[int], state_dtype: torch.dtype | None) -> dict[str, Tensor]:
@@ -266,8 +279,9 @@ def follow(p: Tensor, state: dict[str, Any], options: SubspaceOptions) -> None:
     shape: Sequence[int] = (p.numel(),)
     if not plain:
         shape, _ = state_shapes(as_matrices(p), state["side"], rank_of(p, options) or state["rank"])
-        if state["basis"].dtype != p.dtype:
-            state["basis"] = state["basis"].to(p.dtype)
+        for name in ("basis", "basis_right"):
+            if name in state and state[name].dtype != p.dtype:
+                state[name] = state[name].to(p.dtype)
     dtype = moments.kept_dtype(math.prod(shape), options.state_dtype, compute_dtype(p))
     if plain and is_torchs(p, options):
         dtype = p.dtype

@@ -20,7 +20,12 @@ OPTIONS = {
     "rank": [{"rank": 3}, {"rank": 11}],
     "update_proj_gap": [{"update_proj_gap": 1}, {"update_proj_gap": 5}],
     "scale": [{"scale": 0.25}],
-    "proj_type": [{"proj_type": "reverse_std"}, {"proj_type": "left"}, {"proj_type": "right"}],
+    "proj_type": [
+        {"proj_type": "reverse_std"},
+        {"proj_type": "left"},
+        {"proj_type": "right"},
+        {"proj_type": "full"},
+    ],
     "projector": [{"projector": "svd"}, {"projector": "svd", "proj_type": "left"}],
     "sketch": [{"sketch": "plain"}, {"sketch": "half_power"}, {"sketch": "power"}],
     "power": [{"sketch": "power", "power": 0}, {"sketch": "power", "power": 2}],

@@ -15,13 +15,13 @@ from galore_rrf import moments
 from galore_rrf.checkpoint.match import Match, imported
 from galore_rrf.checkpoint.schema import kind_of
 from galore_rrf.checkpoint.torch_adamw import converted
-from galore_rrf.subspace import RIGHT, as_matrices, side_of
+from galore_rrf.subspace import BOTH, RIGHT, as_matrices, side_of
 
 if TYPE_CHECKING:
     from galore_rrf.optimizer import GaLoreAdamW
 
 _PROJECTOR = "galore_torch.galore_projector.GaLoreProjector"
-_PROJ_TYPES = ("std", "reverse_std", "left", "right")
+_PROJ_TYPES = ("std", "reverse_std", "left", "right", "full")
 
 
 _BLOCKS = (256, 2048)  # of bitsandbytes, now and formerly
@@ -61,8 +61,7 @@ def from_galore_torch(
     Args: as of `from_torch_adamw`; `state_dict` for example from `load_galore_torch`.
 
     Raises:
-        ValueError: where parameters cannot be told apart, or a state does not fit its parameter;
-            ``proj_type="full"``, which has two bases for a matrix, is not supported.
+        ValueError: where parameters cannot be told apart, or a state does not fit its parameter.
     """
     return imported(optimizer, state_dict, params, _converted)
 
@@ -83,10 +82,16 @@ def _converted(match: Match) -> Mapping[str, Any] | None:
             f"proj_type of the projector of {match.name} is {proj_type!r} "
             f"(can be imported: {', '.join(map(repr, _PROJ_TYPES))})"
         )
-    basis = getattr(projector, "ortho_matrix", None)  # missing or None in one that was never used
-    if not isinstance(basis, Tensor) or basis.dim() != 2:
+    found = getattr(projector, "ortho_matrix", None)  # missing or None in one that was never used
+    bases: list[Any] = list(found) if proj_type == "full" and isinstance(found, (list, tuple)) else [found]
+    for basis in bases:
+        if not isinstance(basis, Tensor) or basis.dim() != 2:
+            raise ValueError(
+                f"ortho_matrix of the projector of {match.name} must be a matrix, got {kind_of(basis)}"
+            )
+    if len(bases) != (2 if proj_type == "full" else 1):
         raise ValueError(
-            f"ortho_matrix of the projector of {match.name} must be a matrix, got {kind_of(basis)}"
+            f"ortho_matrix of the projector of {match.name} must be two matrices, got {len(bases)}"
         )
     gap = getattr(projector, "update_proj_gap", None)
     if isinstance(gap, bool) or not isinstance(gap, int) or gap < 1:
@@ -94,12 +99,13 @@ def _converted(match: Match) -> Mapping[str, Any] | None:
             f"update_proj_gap of the projector of {match.name} must be a positive integer, got {gap!r}"
         )
     side = side_of(as_matrices(match.p), proj_type)
-    basis = basis.mT if side == RIGHT else basis
+    basis = bases[0].mT if side == RIGHT else bases[0]
     # It refreshes where the count of steps taken is a multiple of the interval.
     refreshed = (steps - 1) // gap
     return {
         **saved,
         "basis": basis,
+        **({"basis_right": bases[1].mT} if side == BOTH else {}),
         "rank": basis.shape[-1],
         "side": side,
         "key": match.key,

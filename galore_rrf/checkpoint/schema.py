@@ -12,6 +12,7 @@ from torch import Tensor
 
 from galore_rrf import moments
 from galore_rrf.subspace import (
+    BOTH,
     LEFT,
     RIGHT,
     SCHEMA_VERSION,
@@ -107,15 +108,20 @@ def check_projected_state(name: str, p: Tensor, saved: Mapping[str, Any]) -> Non
             f"the state of {name}, which is projected, lacks {', '.join(missing)}"
             + (f"; it looks like plain AdamW's or galore_torch's: {_IMPORT}" if foreign else "")
         )
-    unknown = [str(key) for key in saved if key not in (*STATE_KEYS, *moments.SCALES)]
+    unknown = [str(key) for key in saved if key not in (*STATE_KEYS, *moments.SCALES, "basis_right")]
     if unknown:
         raise ValueError(f"the state of {name} has unknown keys {', '.join(unknown)}")
     for key in _INTS:
         value = saved[key]
         if isinstance(value, bool) or not isinstance(value, int) or value < 0:
             raise ValueError(f"{key} of {name} must be an integer, not negative, got {value!r}")
-    if saved["side"] not in (RIGHT, LEFT):
-        raise ValueError(f"side of {name} must be 0 (right) or 1 (left), got {saved['side']}")
+    if saved["side"] not in (RIGHT, LEFT, BOTH):
+        raise ValueError(f"side of {name} must be 0 (right), 1 (left) or 2 (both), got {saved['side']}")
+    two_sided = saved["side"] == BOTH
+    if two_sided != ("basis_right" in saved):
+        raise ValueError(
+            f"side of {name} is {saved['side']}, but the state has {'no' if two_sided else 'a'} basis_right"
+        )
     if saved["rank"] < 1:
         raise ValueError(f"rank of {name} must be positive, got {saved['rank']}")
     if not isinstance(saved["step"], Tensor):
@@ -137,6 +143,9 @@ def check_projected_state(name: str, p: Tensor, saved: Mapping[str, Any]) -> Non
     needs = f"a parameter of shape {tuple(p.shape)} at rank {saved['rank']}"
     _check_moments(name, saved, shape, needs)
     _check_tensor(f"basis of {name}", saved["basis"], basis, needs)
+    if two_sided:
+        right = (*basis[:-2], matrix.shape[-1], basis[-1])
+        _check_tensor(f"basis_right of {name}", saved["basis_right"], right, needs)
 
 
 def check_plain_state(name: str, p: Tensor, saved: Mapping[str, Any], *, amsgrad: bool = False) -> None:
@@ -221,7 +230,7 @@ def _projected_state(p: Tensor, saved: Mapping[str, Any], state_dtype: torch.dty
     return {
         "step": _step(saved),
         **_moments(p, saved, state_dtype),
-        "basis": _copy(p, saved["basis"], p.dtype),
+        **{key: _copy(p, saved[key], p.dtype) for key in ("basis", "basis_right") if key in saved},
         **{key: saved[key] for key in _INTS},
     }
 

@@ -12,7 +12,7 @@ from galore_rrf import moments, ops
 from galore_rrf.checkpoint.match import Match, imported
 from galore_rrf.checkpoint.schema import check_plain_state, flattened
 from galore_rrf.range_finder import Status
-from galore_rrf.subspace import RIGHT, as_matrices, compute_dtype, rank_of, side_of
+from galore_rrf.subspace import BOTH, RIGHT, as_matrices, compute_dtype, rank_of, side_of
 
 if TYPE_CHECKING:
     from galore_rrf.optimizer import GaLoreAdamW
@@ -75,6 +75,10 @@ def projected_state(match: Match) -> dict[str, Any] | None:
     )
     steps = float(match.saved["step"])
     side = side_of(exp_avg, options.proj_type)
+    if side == BOTH:
+        raise ValueError(
+            f"proj_type of {match.name} is 'full' (only projections of one side take state from AdamW)"
+        )
     oriented = exp_avg.mT if side == RIGHT else exp_avg
     basis, _, _, status = ops.range_finder(
         oriented,

@@ -163,7 +163,7 @@ def estimate(
         master_weights=master_weights,
         momentum=_bytes_of(moments, "exp_avg"),
         variance=_bytes_of(moments, "exp_avg_sq"),
-        bases=_bytes(state["basis"] for state in states),
+        bases=_bytes(state[key] for state in states for key in ("basis", "basis_right") if key in state),
         steps=_STEP * len(projected + plain),
         workspace=_workspace(plain, projected, states, threads or torch.get_num_threads()),
         activations=activations,
@@ -258,6 +258,9 @@ def _refresh_workspace(p: Tensor, state: Mapping[str, Tensor]) -> int:
     Read off csrc/range_finder/fixed_rank.cpp and csrc/optimizer; docs/benchmarks.md has such a peak measured.
     """
     side, rank = state["basis"].shape[-2:]
+    if "basis_right" in state:  # galore_rrf/two_sided.py: sketches and bases, and half precision cast
+        cast = 2 * p.numel() // matrix_count(p) if p.element_size() < compute_dtype(p).itemsize else 0
+        return compute_dtype(p).itemsize * (3 * rank * (side + state["basis_right"].shape[-2]) + cast)
     length = state["exp_avg"].numel() // (rank * matrix_count(p))
     dtype = compute_dtype(p)
     size = dtype.itemsize

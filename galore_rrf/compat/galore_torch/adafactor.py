@@ -9,10 +9,12 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from galore_rrf import two_sided
 from galore_rrf.checkpoint import check_sizes, completed_groups
 from galore_rrf.checkpoint.schema import _INTS, _check_step, _check_tensor, _copy, _step
 from galore_rrf.compat.galore_torch.published import PUBLISHED
 from galore_rrf.subspace import (
+    BOTH,
     LEFT,
     RIGHT,
     SCHEMA_VERSION,
@@ -41,7 +43,8 @@ class GaLoreAdafactor(Optimizer):
 
     State of a parameter: tensors `step` (fp32 scalar), `RMS` (of the weight), `exp_avg_sq_row` and
     `exp_avg_sq_col`, means over columns and rows of its m x n or projected m x r or r x n (1-D: `exp_avg_sq`),
-    with beta1 `exp_avg`; where projected also the tensor `basis` (right: n x r, left: m x r) and the ints
+    with beta1 `exp_avg`; where projected also the tensor `basis` (right: n x r, left: m x r; on
+    both sides `basis`, m x r, and `basis_right`, n x r, with r x r for the projected gradient) and the ints
     `rank`, `side`, `key`, `refreshes`, `last_refresh` of `galore_rrf.GaLoreAdamW`.
 
     Args:
@@ -57,7 +60,7 @@ class GaLoreAdafactor(Optimizer):
         warmup_init: with relative_step, min(1e-6 t, 1 / sqrt(t)).
 
     Raises:
-        ValueError, TypeError: naming the argument, its value and what is allowed; ``proj_type="full"``.
+        ValueError, TypeError: naming the argument, its value and what is allowed.
     """
 
     def __init__(
@@ -251,8 +254,8 @@ def _check_state(name: str, p: Tensor, saved: Mapping[str, Any], group: Mapping[
         if isinstance(value, bool) or not isinstance(value, int) or value < 0:
             raise ValueError(f"{key} of {name} must be an integer, not negative, got {value!r}")
     side = saved.get("side", RIGHT)
-    if side not in (RIGHT, LEFT):
-        raise ValueError(f"side of {name} must be 0 (right) or 1 (left), got {side}")
+    if side not in (RIGHT, LEFT, BOTH):
+        raise ValueError(f"side of {name} must be 0 (right), 1 (left) or 2 (both), got {side}")
     rank = rank_of(p, SubspaceOptions.of(group))
     if "rank" in saved:
         _check_rank(name, saved["rank"], rank)
@@ -285,6 +288,8 @@ def _shapes(p: Tensor, side: int, rank: int | None, first_moment: bool) -> dict[
     shapes: dict[str, tuple[int, ...]] = {"RMS": ()}
     if rank is not None:
         shape, shapes["basis"] = state_shapes(as_matrices(p), side, rank)
+        if side == BOTH:
+            shapes["basis_right"] = (*shapes["basis"][:-2], as_matrices(p).shape[-1], rank)
     if first_moment:
         shapes["exp_avg"] = shape
     if len(shape) < 2:
@@ -316,16 +321,26 @@ def _copied(p: Tensor, saved: Mapping[str, Any]) -> dict[str, Any]:
 def _projected(state: dict[str, Any], grad: Tensor, options: SubspaceOptions) -> Tensor:
     """The gradient in its subspace, which is found anew where that is due."""
     if refresh_due(state, options.update_proj_gap):
-        (found,) = find_each([state], [grad], options)
+        found: tuple[Tensor, Tensor] | None
+        if state["side"] == BOTH:
+            found = two_sided.find(state, grad, state["rank"], options)
+        else:
+            (found,) = find_each([state], [grad], options)
         if found is not None:
-            state["basis"], projected = found
             state["refreshes"] += 1
             state["last_refresh"] = int(state["step"])
-            return projected
+            if state["side"] != BOTH:
+                state["basis"], projected = found
+                return projected
+            state["basis"], state["basis_right"] = found
+    if state["side"] == BOTH:
+        return two_sided.project(state, grad)
     return grad @ state["basis"] if state["side"] == RIGHT else state["basis"].mT @ grad
 
 
 def _back_projected(state: Mapping[str, Any], update: Tensor) -> Tensor:
+    if state["side"] == BOTH:
+        return two_sided.back_projected(state, update)
     return update @ state["basis"].mT if state["side"] == RIGHT else state["basis"] @ update
 
 

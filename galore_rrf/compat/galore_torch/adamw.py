@@ -26,7 +26,7 @@ class GaLoreAdamW(optimizer.GaLoreAdamW):
         no_deprecation_warning: ignored, there is none.
 
     Raises:
-        ValueError, TypeError: naming the argument, its value and what is allowed; ``proj_type="full"``.
+        ValueError, TypeError: naming the argument, its value and what is allowed.
     """
 
     def __init__(
