@@ -144,6 +144,7 @@ class GaLoreAdamW(AdamW):
         skip = found_inf is not None and bool(found_inf)
         if not skip:
             for group, options, projected, own, others in work:
+                _check_torchs_alone(group)
                 _check_states(group, self.state, projected, own, others)
                 _check_gradients(group, projected + own)
                 if options.nonfinite == "raise":
@@ -385,17 +386,23 @@ def _did_you_mean(key: str) -> str:
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 
-def _check_group(group: dict[str, Any]) -> None:
-    """Raises for what makes no sense together, warns of what does harm."""
+def _check_torchs_alone(group: dict[str, Any]) -> str | None:
+    """Raises for options that torch's own step has alone; what makes the group's steps ours, if anything does."""
     reason = "rank, which is projected" if group["rank"] is not None else None
     for key in ("state_dtype", "arithmetic"):
         if reason is None and group[key] != getattr(SubspaceOptions, key):
             reason = f"{key}={group[key]!r}"
+    for name in ("amsgrad", "differentiable"):
+        if reason is not None and group[name]:
+            raise ValueError(f"Invalid {name}: True (must be False in a group with {reason})")
+    return reason
+
+
+def _check_group(group: dict[str, Any]) -> None:
+    """Raises for what makes no sense together, warns of what does harm."""
+    reason = _check_torchs_alone(group)
     if reason is None:
         return
-    for name in ("amsgrad", "differentiable"):
-        if group[name]:
-            raise ValueError(f"Invalid {name}: True (must be False in a group with {reason})")
     params = group["params"]
     options = SubspaceOptions.of(group)
     names: dict[Tensor, str] = {}

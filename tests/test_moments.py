@@ -497,6 +497,21 @@ def test_refused(keys, error, message):
         GaLoreAdamW([torch.nn.Parameter(torch.zeros(9, 9))], **keys)
 
 
+@pytest.mark.parametrize("name", ["amsgrad", "differentiable"])
+@pytest.mark.parametrize("keys", [{"state_dtype": torch.uint8}, {"rank": 3}], ids=str)
+def test_options_that_have_no_meaning_are_refused_later_too(keys, name):
+    """Guards against an option set while training that is dropped in silence."""
+    w = torch.nn.Parameter(torch.zeros(9, 9))
+    opt = GaLoreAdamW([{"params": [w], **keys}])
+    w.grad = gradient((9, 9), 0)
+    opt.step()
+    before = w.detach().clone()
+    opt.param_groups[0][name] = True
+    with pytest.raises(ValueError, match=f"Invalid {name}: True"):
+        opt.step()
+    assert torch.equal(w, before)
+
+
 def test_sparse_and_complex_are_refused():
     """Guards against a crash in the operator, or half a step."""
     with pytest.raises(TypeError, match="complex64"):
