@@ -1,5 +1,6 @@
 """proj_type="full": R = P^T G Q, with moments r x r, in the optimizer."""
 
+import itertools
 import math
 
 import pytest
@@ -8,6 +9,7 @@ from matrices import UNIT_ROUNDOFF, assert_orthonormal, generator
 from training import gradient, set_gradients, train
 
 from galore_rrf import GaLoreAdamW, moments
+from galore_rrf.two_sided import BASES
 
 RANK, LR, BETAS, EPS, DECAY, SCALE = 5, 0.03, (0.8, 0.9), 1e-3, 0.1, 0.5
 SHAPES = [(24, 16), (16, 24), (20, 20), (3, 12, 16), (12, 3, 3, 3)]
@@ -90,6 +92,28 @@ def test_moments_are_kept_as_asked(dtype, state_dtype):
         exact.step()
         assert {opt.state[w][name].dtype for name in moments.NAMES} == {state_dtype}
     assert float((w - reference).detach().norm()) <= 0.1 * float((reference - start).detach().norm())
+
+
+def test_columns_and_sketches_of_refreshes():
+    """Guards against kept columns that change sign, and one test matrix for every refresh."""
+    u, _, vh = torch.linalg.svd(
+        torch.randn(40, 30, generator=generator(5), dtype=torch.float64), full_matrices=False
+    )
+    g = (u * 2.0 ** -torch.arange(30)) @ vh
+    with pytest.warns(UserWarning, match="moments='keep'"):
+        kept, opt = make((40, 30), moments="keep", sketch="half_power", oversampling=8, update_proj_gap=1)
+    fresh, other = make((40, 30), sketch="plain", update_proj_gap=1)
+    bases = []
+    for step in range(5):
+        for w, o in ((kept, opt), (fresh, other)):
+            w.grad = (1 + step) * g
+            o.step()
+        bases.append([o.state[w][name].clone() for w, o in ((kept, opt), (fresh, other)) for name in BASES])
+    for before, after in itertools.pairwise(bases):
+        for p, q in zip(before[:2], after[:2], strict=True):
+            assert float((p * q).sum(0).min()) > 0.99
+        for p, q in zip(before[2:], after[2:], strict=True):
+            assert float((p @ p.mT - q @ q.mT).norm()) > 1e-6
 
 
 def test_rank_may_change():
