@@ -26,7 +26,7 @@ from galore_rrf.subspace import (
     follow,
     is_projected,
     is_torchs,
-    matrix_count,
+    matrix_ids,
     new_state,
     refresh,
     refresh_due,
@@ -340,15 +340,11 @@ class GaLoreAdamW(AdamW):
 
     def _init_projected(self, params: list[Tensor], options: SubspaceOptions) -> None:
         """State for parameters that have none; their matrix ids are positions among all matrices."""
-        new = {p for p in params if not self.state[p]}
-        if not new:
-            return
-        key = 0
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p in new:
-                    self.state[p].update(new_state(p, options, key))
-                key += matrix_count(p)
+        new = [p for p in params if not self.state[p]]
+        if new:
+            ids = matrix_ids(self.param_groups)
+            for p in new:
+                self.state[p].update(new_state(p, options, ids[p]))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a state dict of this class or, for plain groups, of `torch.optim.AdamW`.

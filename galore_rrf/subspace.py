@@ -187,6 +187,15 @@ def matrix_count(p: Tensor) -> int:
     return p.shape[0] if p.dim() == 3 else 1
 
 
+def matrix_ids(groups: Sequence[Mapping[str, Any]]) -> dict[Tensor, int]:
+    """The id of every parameter's (first) matrix, which chooses its test matrices: its position among all."""
+    ids, count = {}, 0
+    for p in (p for group in groups for p in group["params"]):
+        ids[p] = count
+        count += matrix_count(p)
+    return ids
+
+
 def rank_of(p: Tensor, options: SubspaceOptions) -> int | None:
     """The rank that a parameter is projected to; None: it is plain AdamW.
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 from torch.optim import Optimizer
 
-from galore_rrf.subspace import SubspaceOptions, is_projected, matrix_count
+from galore_rrf.subspace import SubspaceOptions, is_projected, matrix_ids
 
 
 class Match(NamedTuple):
@@ -52,7 +52,8 @@ def _matches(
 ) -> Iterator[tuple[int, Match]]:
     """The optimizer's parameters that have a saved state, with their numbers in a state dict of its own."""
     places = _places(optimizer, state_dict["param_groups"], params)
-    number = key = 0
+    ids = matrix_ids(optimizer.param_groups)
+    number = 0
     for group in optimizer.param_groups:
         options = SubspaceOptions.of(group)
         for i, p in enumerate(group["params"]):
@@ -60,9 +61,8 @@ def _matches(
             saved = state_dict["state"].get(saved_id)
             if saved:
                 name = repr(group["param_names"][i]) if "param_names" in group else f"parameter {number}"
-                yield number, Match(name, p, options, key, saved, saved_group)
+                yield number, Match(name, p, options, ids[p], saved, saved_group)
             number += 1
-            key += matrix_count(p)
 
 
 Place = tuple[Mapping[str, Any], Any]  # a saved group and a parameter's id in the saved state

@@ -22,7 +22,7 @@ from galore_rrf.subspace import (
     as_matrices,
     compute_dtype,
     find_each,
-    matrix_count,
+    matrix_ids,
     rank_of,
     refresh_due,
     resolve,
@@ -132,7 +132,7 @@ class GaLoreAdafactor(Optimizer):
         options = SubspaceOptions.of({**group, "rank": rank_of(p, SubspaceOptions.of(group))})
         state = self.state[p]
         if not state:
-            state.update(_new_state(p, options, self._key(p), group["beta1"] is not None))
+            state.update(_new_state(p, options, matrix_ids(self.param_groups)[p], group["beta1"] is not None))
         weight, grad = p.to(compute_dtype(p)), grad.to(compute_dtype(p))
         if options.rank is not None:
             grad = _projected(state, as_matrices(grad), options)
@@ -158,15 +158,6 @@ class GaLoreAdafactor(Optimizer):
             steps = float(state["step"])
             lr = min(1e-6 * steps if group["warmup_init"] else 1e-2, steps**-0.5)
         return float(lr) * (max(group["eps"][1], float(state["RMS"])) if group["scale_parameter"] else 1.0)
-
-    def _key(self, p: Tensor) -> int:
-        """The parameter's position among all matrices."""
-        key = 0
-        for other in (q for group in self.param_groups for q in group["params"]):
-            if other is p:
-                break
-            key += matrix_count(other)
-        return key
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a state dict of this class, its groups' ranks included.
