@@ -70,7 +70,7 @@ def _converted(match: Match) -> Mapping[str, Any] | None:
     steps = match.saved.get("step")
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
         raise ValueError(f"step of {match.name} must be a positive integer, got {steps!r}")
-    saved = {"step": torch.tensor(float(steps)), **_moments(match.name, match.saved)}
+    saved = {"step": torch.tensor(float(steps), device="cpu"), **_moments(match.name, match.saved)}
     if "projector" not in match.saved:
         return converted(match._replace(saved=saved))
     if not match.is_projected:

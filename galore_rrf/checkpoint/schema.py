@@ -26,7 +26,7 @@ from galore_rrf.subspace import (
     state_shapes,
 )
 
-_INTS = STATE_KEYS[4:]
+INTS = STATE_KEYS[4:]
 _IMPORT = (
     "galore_rrf.checkpoint.from_torch_adamw and from_galore_torch make a state dict that loads of those "
     "optimizers'"
@@ -111,7 +111,7 @@ def check_projected_state(name: str, p: Tensor, saved: Mapping[str, Any]) -> Non
     unknown = [str(key) for key in saved if key not in (*STATE_KEYS, *moments.SCALES, "basis_right")]
     if unknown:
         raise ValueError(f"the state of {name} has unknown keys {', '.join(unknown)}")
-    for key in _INTS:
+    for key in INTS:
         value = saved[key]
         if isinstance(value, bool) or not isinstance(value, int) or value < 0:
             raise ValueError(f"{key} of {name} must be an integer, not negative, got {value!r}")
@@ -126,7 +126,7 @@ def check_projected_state(name: str, p: Tensor, saved: Mapping[str, Any]) -> Non
         raise ValueError(f"rank of {name} must be positive, got {saved['rank']}")
     if not isinstance(saved["step"], Tensor):
         raise ValueError(f"step of {name} must be a tensor, got {kind_of(saved['step'])}")
-    _check_step(name, saved["step"])
+    check_step(name, saved["step"])
     if saved["last_refresh"] > float(saved["step"]):
         raise ValueError(
             f"last_refresh of {name} must be at most its step, {float(saved['step']):.0f}, "
@@ -142,10 +142,10 @@ def check_projected_state(name: str, p: Tensor, saved: Mapping[str, Any]) -> Non
     shape, basis = state_shapes(matrix, saved["side"], saved["rank"])
     needs = f"a parameter of shape {tuple(p.shape)} at rank {saved['rank']}"
     _check_moments(name, saved, shape, needs)
-    _check_tensor(f"basis of {name}", saved["basis"], basis, needs)
+    check_tensor(f"basis of {name}", saved["basis"], basis, needs)
     if two_sided:
         right = (*basis[:-2], matrix.shape[-1], basis[-1])
-        _check_tensor(f"basis_right of {name}", saved["basis_right"], right, needs)
+        check_tensor(f"basis_right of {name}", saved["basis_right"], right, needs)
 
 
 def check_plain_state(name: str, p: Tensor, saved: Mapping[str, Any], *, amsgrad: bool = False) -> None:
@@ -156,15 +156,15 @@ def check_plain_state(name: str, p: Tensor, saved: Mapping[str, Any], *, amsgrad
     missing = [key for key in ("step", *names) if key not in saved]
     if missing:
         raise ValueError(f"the state of {name} lacks {', '.join(missing)}")
-    _check_step(name, saved["step"])
+    check_step(name, saved["step"])
     shape, scale, of_complex = tuple(p.shape), (ceil(p.numel() / moments.BLOCK),), p.is_complex()
     _check_moments(name, saved, shape, "the parameter", scale=scale, of_complex=of_complex)
     if amsgrad:
         what = f"max_exp_avg_sq of {name}"
-        _check_tensor(what, saved["max_exp_avg_sq"], shape, "the parameter", of_complex=of_complex)
+        check_tensor(what, saved["max_exp_avg_sq"], shape, "the parameter", of_complex=of_complex)
 
 
-def _check_step(name: str, step: object) -> None:
+def check_step(name: str, step: object) -> None:
     """A number will do: torch converts those of old checkpoints."""
     if isinstance(step, Tensor):
         if not step.is_floating_point() or step.numel() != 1:
@@ -186,7 +186,7 @@ def _check_moments(
 ) -> None:
     for key in moments.NAMES:
         coded = isinstance(saved[key], Tensor) and saved[key].dtype == moments.CODES
-        _check_tensor(f"{key} of {name}", saved[key], shape, needs, coded=coded, of_complex=of_complex)
+        check_tensor(f"{key} of {name}", saved[key], shape, needs, coded=coded, of_complex=of_complex)
         scale_key = f"{key}_scale"
         if coded != (scale_key in saved):
             is_so = "8-bit" if coded else "not 8-bit"
@@ -195,10 +195,10 @@ def _check_moments(
             )
         if coded:
             blocks = scale or (*shape[:-2], ceil(prod(shape[-2:]) / moments.BLOCK))
-            _check_tensor(f"{scale_key} of {name}", saved[scale_key], blocks, f"{key} of shape {shape}")
+            check_tensor(f"{scale_key} of {name}", saved[scale_key], blocks, f"{key} of shape {shape}")
 
 
-def _check_tensor(
+def check_tensor(
     what: str,
     value: object,
     shape: tuple[int, ...],
@@ -228,16 +228,16 @@ def kind_of(value: object) -> str:
 
 def _projected_state(p: Tensor, saved: Mapping[str, Any], state_dtype: torch.dtype | None) -> dict[str, Any]:
     return {
-        "step": _step(saved),
+        "step": step_tensor(saved),
         **_moments(p, saved, state_dtype),
-        **{key: _copy(p, saved[key], p.dtype) for key in ("basis", "basis_right") if key in saved},
-        **{key: saved[key] for key in _INTS},
+        **{key: copied(p, saved[key], p.dtype) for key in ("basis", "basis_right") if key in saved},
+        **{key: saved[key] for key in INTS},
     }
 
 
 def _plain_state(p: Tensor, saved: Mapping[str, Any], state_dtype: torch.dtype | None) -> dict[str, Any]:
     kept = _moments(p, flattened(saved), state_dtype)
-    return {"step": _step(saved), **kept, **{name: kept[name].view(p.shape) for name in moments.NAMES}}
+    return {"step": step_tensor(saved), **kept, **{name: kept[name].view(p.shape) for name in moments.NAMES}}
 
 
 def flattened(saved: Mapping[str, Any]) -> dict[str, Any]:
@@ -252,18 +252,20 @@ def _moments(p: Tensor, saved: Mapping[str, Any], state_dtype: torch.dtype | Non
         moment = saved[name]
         if moment.dtype == state_dtype == moments.CODES:
             scale = f"{name}_scale"
-            entries[name] = _copy(p, moment, moment.dtype)
-            entries[scale] = _copy(p, saved[scale], torch.float32)
+            entries[name] = copied(p, moment, moment.dtype)
+            entries[scale] = copied(p, saved[scale], torch.float32)
             continue
-        values = _copy(p, moments.values(saved, name), compute_dtype(p))
+        values = copied(p, moments.values(saved, name), compute_dtype(p))
         dtype = moments.kept_dtype(values.numel(), state_dtype, values.dtype)
         entries |= moments.kept(name, values, dtype)
     return entries
 
 
-def _step(saved: Mapping[str, Any]) -> Tensor:
-    return torch.tensor(float(saved["step"]), dtype=torch.float32)
+def step_tensor(saved: Mapping[str, Any]) -> Tensor:
+    """The step as torch keeps it: an fp32 scalar on the CPU."""
+    return torch.tensor(float(saved["step"]), dtype=torch.float32, device="cpu")
 
 
-def _copy(p: Tensor, value: Tensor, dtype: torch.dtype) -> Tensor:
+def copied(p: Tensor, value: Tensor, dtype: torch.dtype) -> Tensor:
+    """A tensor of the file for use beside `p`."""
     return value.detach().to(device=p.device, dtype=dtype, copy=True).contiguous()

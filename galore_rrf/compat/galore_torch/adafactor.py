@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from galore_rrf import two_sided
 from galore_rrf.checkpoint import check_sizes, completed_groups
-from galore_rrf.checkpoint.schema import _INTS, _check_step, _check_tensor, _copy, _step
+from galore_rrf.checkpoint.schema import INTS, check_step, check_tensor, copied, step_tensor
 from galore_rrf.compat.galore_torch.published import PUBLISHED
 from galore_rrf.subspace import (
     BOTH,
@@ -240,7 +240,7 @@ def _check_rank(name: str, known: int | None, rank: int | None) -> None:
 
 def _check_state(name: str, p: Tensor, saved: Mapping[str, Any], group: Mapping[str, Any]) -> None:
     """Raises ValueError unless `saved` is a state of `p` in `group`."""
-    for key in _INTS:
+    for key in INTS:
         value = saved.get(key, 0)
         if isinstance(value, bool) or not isinstance(value, int) or value < 0:
             raise ValueError(f"{key} of {name} must be an integer, not negative, got {value!r}")
@@ -251,7 +251,7 @@ def _check_state(name: str, p: Tensor, saved: Mapping[str, Any], group: Mapping[
     if "rank" in saved:
         _check_rank(name, saved["rank"], rank)
     shapes = _shapes(p, side, rank, group["beta1"] is not None or "exp_avg" in saved)
-    keys = ("step", *shapes, *(_INTS if rank is not None else ()))
+    keys = ("step", *shapes, *(INTS if rank is not None else ()))
     missing = [key for key in keys if key not in saved]
     if missing:
         kind = "plain" if rank is None else "projected"
@@ -259,7 +259,7 @@ def _check_state(name: str, p: Tensor, saved: Mapping[str, Any], group: Mapping[
     unknown = [str(key) for key in saved if key not in keys]
     if unknown:
         raise ValueError(f"the state of {name} has unknown keys {', '.join(unknown)}")
-    _check_step(name, saved["step"])
+    check_step(name, saved["step"])
     steps = float(saved["step"])
     if saved.get("last_refresh", 0) > steps:
         raise ValueError(
@@ -267,7 +267,7 @@ def _check_state(name: str, p: Tensor, saved: Mapping[str, Any], group: Mapping[
         )
     needs = f"a parameter of shape {tuple(p.shape)} at rank {rank}"
     for key, shape in shapes.items():
-        _check_tensor(f"{key} of {name}", saved[key], shape, needs)
+        check_tensor(f"{key} of {name}", saved[key], shape, needs)
 
 
 # --- State --------------------------------------------------------------------------------------------
@@ -304,9 +304,9 @@ def _copied(p: Tensor, saved: Mapping[str, Any]) -> dict[str, Any]:
     """A saved state as it is while training."""
     dtype = compute_dtype(p)
     copies = {
-        key: _copy(p, value, dtype) if isinstance(value, Tensor) else value for key, value in saved.items()
+        key: copied(p, value, dtype) if isinstance(value, Tensor) else value for key, value in saved.items()
     }
-    return {**copies, "step": _step(saved)}
+    return {**copies, "step": step_tensor(saved)}
 
 
 def _projected(state: dict[str, Any], grad: Tensor, options: SubspaceOptions) -> Tensor:
