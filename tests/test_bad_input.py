@@ -31,7 +31,7 @@ REFUSED = {
     "scale_inf": ({"scale": math.inf}, ValueError, r"Invalid scale: inf"),
     "scale_str": ({"scale": "1"}, TypeError, r"Invalid scale: '1'"),
     "projector": ({"projector": "qr"}, ValueError, r"Invalid projector: 'qr' .*'range_finder', 'svd'"),
-    "proj_type": ({"proj_type": "full"}, ValueError, r"Invalid proj_type: 'full' .*'std', 'reverse_std'"),
+    "proj_type": ({"proj_type": "both"}, ValueError, r"Invalid proj_type: 'both' .*'std', 'reverse_std'"),
     "sketch": ({"sketch": "cold"}, ValueError, r"Invalid sketch: 'cold' .*'warm'"),
     "moments": ({"moments": "forget"}, ValueError, r"Invalid moments: 'forget' .*'rotate', 'keep'"),
     "arithmetic": ({"arithmetic": "jax"}, ValueError, r"Invalid arithmetic: 'jax' .*'torch'"),

@@ -5,6 +5,7 @@
 #include <c10/util/Exception.h>
 
 #include <algorithm>
+#include <type_traits>
 
 #include "cpu/moments.h"
 #include "kernels.h"
@@ -42,8 +43,9 @@ class MomentBlocks {
       return;
     }
     AT_DISPATCH_FLOATING_TYPES_AND(at::kBFloat16, dtype_, "store", [&] {
+      using Wide = std::conditional_t<std::is_floating_point_v<scalar_t>, scalar_t, float>;  // of bf16: float
       scalar_t* out = static_cast<scalar_t*>(values_) + begin;
-      for (int64_t i = 0; i < n; ++i) out[i] = static_cast<scalar_t>(in[i]);
+      for (int64_t i = 0; i < n; ++i) out[i] = static_cast<scalar_t>(static_cast<Wide>(in[i]));
     });
   }
 
