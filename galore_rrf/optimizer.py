@@ -145,7 +145,7 @@ class GaLoreAdamW(AdamW):
         if not skip:
             for group, options, projected, own, others in work:
                 _check_torchs_alone(group)
-                _check_states(group, self.state, projected, own, others)
+                _check_states(group, self.state, projected, own + others)
                 _check_gradients(group, projected + own)
                 if options.nonfinite == "raise":
                     _check_finite(group, projected)
@@ -455,11 +455,10 @@ def _check_states(
     group: dict[str, Any],
     state: Mapping[Tensor, dict[str, Any]],
     projected: list[Tensor],
-    own: list[Tensor],
-    others: list[Tensor],
+    plain: list[Tensor],
 ) -> None:
     """Raises where a parameter's state is not of the kind that its group asks for by now."""
-    for params, has_basis in ((projected, True), (own, False), (others, False)):
+    for params, has_basis in ((projected, True), (plain, False)):
         for name, p in _names(group, params):
             known = state.get(p)
             if known and ("basis" in known) != has_basis:

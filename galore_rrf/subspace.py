@@ -441,21 +441,49 @@ def _find_by_svd(state: Mapping[str, Any], grad: Tensor, options: SubspaceOption
 
 
 def _find_at_rank(state: Mapping[str, Any], grad: Tensor, options: SubspaceOptions) -> Found:
-    known = state["refreshes"] > 0
-    warm = options.sketch == "warm"
     assert options.rank is not None
-    basis, b, _, status = ops.range_finder(
+    found = sketched(
         _oriented(state, grad),
         min(options.rank, *grad.shape[-2:]),
-        oversampling=options.oversampling,
-        sketch=options.sketch if known or not warm else "half_power",
-        power=options.power,
-        warm=state["basis"] if warm and known else None,
-        ordered=options.moments == "keep",
-        seed=options.seed,
+        options,
+        previous=state["basis"] if state["refreshes"] else None,
         key=state["key"],
         refresh=state["refreshes"],
     )
+    if found is None:
+        return None
+    basis, b = found
+    return basis, (b.mT if state["side"] == RIGHT else b)
+
+
+def sketched(
+    a: Tensor,
+    rank: int,
+    options: SubspaceOptions,
+    *,
+    previous: Tensor | None,
+    key: int,
+    refresh: int,
+    coefficients: bool = True,
+) -> tuple[Tensor, Tensor] | None:
+    """Basis and coefficients by the group's range finder; None where a gradient is zero or not finite.
+
+    Without a `previous` basis a warm start begins with a random one: half a power step.
+    """
+    warm = options.sketch == "warm"
+    basis, b, _, status = ops.range_finder(
+        a,
+        rank,
+        oversampling=options.oversampling,
+        sketch="half_power" if warm and previous is None else options.sketch,
+        power=options.power,
+        warm=previous if warm else None,
+        coefficients=coefficients,
+        ordered=options.moments == "keep",
+        seed=options.seed,
+        key=key,
+        refresh=refresh,
+    )
     if bool((status == Status.nonfinite).any()) or bool((status == Status.zero).all()):
         return None
-    return basis.contiguous(), (b.mT if state["side"] == RIGHT else b)
+    return basis.contiguous(), b

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from galore_rrf import moments, ops
-from galore_rrf.range_finder import Status
 from galore_rrf.subspace import (
     LEFT,
     RIGHT,
@@ -22,6 +21,7 @@ from galore_rrf.subspace import (
     compute_dtype,
     rank_of,
     refresh_due,
+    sketched,
 )
 
 BASES = ("basis", "basis_right")
@@ -105,29 +105,25 @@ def find(
         single = options.arithmetic != "torch" or grad.dtype != torch.float64
         u, _, vh = torch.linalg.svd(grad.float() if single else grad, full_matrices=False)
         return u[..., :rank].to(grad.dtype).contiguous(), vh[..., :rank, :].mT.to(grad.dtype).contiguous()
-    known, warm = state["refreshes"] > 0, options.sketch == "warm"
+    known = state["refreshes"] > 0
     bases = []
     for i, (name, a) in enumerate(zip(BASES, (grad, grad.mT), strict=True)):
-        basis, _, _, status = ops.range_finder(
+        found = sketched(
             a,
             rank,
-            oversampling=options.oversampling,
-            sketch=options.sketch if known or not warm else "half_power",
-            power=options.power,
-            warm=state[name] if warm and known else None,
-            ordered=options.moments == "keep",
-            coefficients=False,
-            seed=options.seed,
+            options,
+            previous=state[name] if known else None,
             key=state["key"],
             refresh=2 * state["refreshes"] + i,
+            coefficients=False,
         )
-        if bool((status == Status.nonfinite).any()) or bool((status == Status.zero).all()):
+        if found is None:
             return None
-        if (
-            known and options.moments == "keep" and rank == state["rank"]
-        ):  # singular vectors have no sign: that of the previous ones
+        basis, _ = found
+        # Singular vectors have no sign: each column gets the one that goes with the previous column.
+        if known and options.moments == "keep" and rank == state["rank"]:
             basis = basis * torch.where((basis * state[name]).sum(-2, keepdim=True) < 0, -1, 1)
-        bases.append(basis.contiguous())
+        bases.append(basis)
     return bases[0], bases[1]
 
 
