@@ -15,8 +15,8 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 REQUIREMENTS := $(VENV)/requirements.stamp
 INSTALLED := build/installed.stamp
 
-CPP := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp tests/cpp/*.h tests/cpp/*.cpp \
-	examples/cpp/*.cpp)
+CPP := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/cuda/*.cuh csrc/cuda/*.cu \
+	tests/cpp/*.h tests/cpp/*.cpp examples/cpp/*.cpp)
 
 .PHONY: help install test check pretrain bench lint format wheel clean
 
@@ -65,7 +65,7 @@ $(REQUIREMENTS): $(wildcard requirements/*.txt)
 	touch $@
 
 # Folders are among the prerequisites, so that a removed source counts as a change too.
-$(INSTALLED): $(REQUIREMENTS) setup.py pyproject.toml $(shell find csrc)
+$(INSTALLED): $(REQUIREMENTS) setup.py cmake/find_cuda.py pyproject.toml $(shell find csrc)
 	python -m pip install --quiet --no-build-isolation --no-deps --editable .
 	mkdir -p $(@D)
 	touch $@

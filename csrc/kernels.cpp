@@ -2,9 +2,16 @@
 
 #include <c10/util/Exception.h>
 
+#ifdef GALORE_RRF_WITH_CUDA
+#include "cuda/device_check.h"
+#endif
+
 namespace galore_rrf {
 
 const Kernels& kernels_for(const at::Tensor& a) {
+#ifdef GALORE_RRF_WITH_CUDA
+  if (a.device().is_cuda()) check_device(a.device());
+#endif
   TORCH_CHECK(a.device().is_cpu(), "galore_rrf was built with kernels for the CPU only, got a tensor on ",
               a.device());
   return cpu_kernels;

@@ -3,6 +3,9 @@
 #include <torch/version.h>
 
 #include "kernels.h"
+#ifdef GALORE_RRF_WITH_CUDA
+#include "cuda/build_info.h"
+#endif
 
 namespace py = pybind11;
 
@@ -13,6 +16,10 @@ PYBIND11_MODULE(_C, m) {
     info["torch"] = TORCH_VERSION;
     info["compiler"] = __VERSION__;
     info["simd"] = galore_rrf::simd_level();
+#ifdef GALORE_RRF_WITH_CUDA
+    info["cuda"] = galore_rrf::cuda_version();
+    info["architectures"] = galore_rrf::cuda_architectures();
+#endif
     return info;
   });
 }

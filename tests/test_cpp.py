@@ -1,9 +1,7 @@
 """The C++ tests, each case a test here, plainly and under sanitizers; and the C++ library."""
 
 import ast
-import fcntl
 import inspect
-import os
 import re
 import shutil
 import subprocess
@@ -11,10 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from building import ROOT, build, configure_consumer, run
 
 import galore_rrf
-
-ROOT = Path(__file__).resolve().parent.parent
 
 # Read from the sources, so that collecting tests compiles nothing; test_cases_are_all_listed compares.
 CASES = [
@@ -22,41 +19,6 @@ CASES = [
     for source in sorted((ROOT / "tests/cpp").glob("test_*.cpp"))
     for name in re.findall(r'^TEST_CASE\(\s*"([^"]+)"', source.read_text(), re.MULTILINE)
 ]
-
-
-def run(*command) -> str:
-    """The output of a command; where it fails, the test fails with its output."""
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    done = subprocess.run(
-        [shutil.which(command[0], path=path) or command[0], *map(str, command[1:])],
-        env={**os.environ, "PATH": path},
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        check=False,
-    )
-    if done.returncode != 0:
-        words = " ".join(map(str, command))
-        pytest.fail(f"{words} ended with {done.returncode}:\n{done.stdout}", pytrace=False)
-    return done.stdout
-
-
-def build(folder: str, **definitions: str) -> Path:
-    """Configures and builds with CMake in build/<folder>, where only what has changed is compiled again."""
-    target = ROOT / "build" / folder
-    target.mkdir(parents=True, exist_ok=True)
-    with open(target / ".lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # the workers of pytest-xdist build one after another
-        run(
-            "cmake", "-S", ROOT, "-B", target, "-G", "Ninja",
-            f"-DPython3_EXECUTABLE={sys.executable}",
-            f"-DCMAKE_PREFIX_PATH={Path(sys.prefix) / 'catch2/catch2/install'}",
-            *(f"-D{name}={value}" for name, value in definitions.items()),
-        )  # fmt: skip
-        jobs = os.environ.get("MAX_JOBS", len(os.sched_getaffinity(0)))
-        run("cmake", "--build", target, "--parallel", jobs)
-    return target
 
 
 @pytest.fixture(
@@ -96,8 +58,8 @@ def test_cases_are_all_listed(program):
 
 @pytest.fixture(scope="session")
 def library() -> Path:
-    """Where the C++ library is built."""
-    return build("library", GALORE_RRF_TESTS="OFF")
+    """Where the C++ library is built, for the CPU only; test_cuda_build.py has the other."""
+    return build("library", GALORE_RRF_TESTS="OFF", GALORE_RRF_CUDA="0")
 
 
 @pytest.mark.slow
@@ -111,17 +73,6 @@ def test_library_computes_what_the_extension_computes(library):
     from_library = run(sys.executable, "-c", f"{load}; {call}")
     from_extension = run(sys.executable, "-c", f"import torch, galore_rrf.ops; {call}")
     assert from_library == from_extension
-
-
-def configure_consumer(library: Path, folder: Path) -> Path:
-    """Installs the library and configures examples/cpp against it; returns the folder to build in."""
-    run("cmake", "--install", library, "--prefix", folder / "prefix")
-    run(
-        "cmake", "-S", ROOT / "examples/cpp", "-B", folder / "build", "-G", "Ninja",
-        f"-DCMAKE_PREFIX_PATH={folder / 'prefix'}", f"-DPython3_EXECUTABLE={sys.executable}",
-        "-DCMAKE_CXX_FLAGS=-Wall -Wextra -Wconversion -Wshadow -Werror",
-    )  # fmt: skip
-    return folder / "build"
 
 
 @pytest.mark.slow
