@@ -1,8 +1,13 @@
 // The kernel entry points: all that differs between devices.  The algorithms above are written
-// once over ATen and this table; csrc/cpu fills it for the CPU, csrc/cuda will for CUDA.
+// once over ATen and this table; csrc/cpu fills it for the CPU, csrc/cuda for CUDA.
+//
+// A stack holds B matrices of one shape, (B, ...); a list has B tensors.  Every kernel is enqueued on the
+// current stream of its tensors' device, and none waits for the device but squared_norm.
 #pragma once
 
 #include <ATen/core/Tensor.h>
+
+#include <vector>
 
 #include "math/adam.h"
 #include "math/dynamic_code.h"
@@ -15,6 +20,7 @@ namespace galore_rrf {
 struct StoredMoment {
   at::Tensor values, scale;
 };
+using StoredMoments = std::vector<StoredMoment>;
 
 // Which of the two codes: exp_avg_sq is never negative.
 enum class MomentKind { exp_avg, exp_avg_sq };
@@ -24,36 +30,63 @@ struct Kernels {
   // row-major.
   void (*fill_sketch)(const at::Tensor& out, SketchKey key, int64_t row_offset, int64_t col_offset);
 
-  // Sum of squares in fp64 of a dense fp32 or fp64 tensor; the same bits for every thread count.
+  // sums[b] <- the sum of squares of a[b], in fp64; a: a stack in fp32 or fp64, each matrix dense; sums: fp64
+  // [B].  The same bits for every thread count.
+  void (*squared_norms)(const at::Tensor& sums, const at::Tensor& a);
+
+  // Of a dense fp32 or fp64 tensor; waits for it.
   double (*squared_norm)(const at::Tensor& a);
 
-  // Whether every entry of a dense fp32 or fp64 tensor is finite.
-  bool (*all_finite)(const at::Tensor& a);
+  // flags[b] <- whether every entry of a[b] is finite; a as above; flags: uint8 [B].
+  void (*all_finite)(const at::Tensor& flags, const at::Tensor& a);
 
-  // The Adam element over three dense tensors of one layout: the gradient (fp32 or fp64) becomes the
-  // direction.
-  void (*adam)(const at::Tensor& gradient, const StoredMoment& exp_avg, const StoredMoment& exp_avg_sq,
-               const AdamElement<double>& element);
+  // a[b] <- 2^(sign exponents[b]) a[b], exact while normal; a as above; exponents: int32 [B].
+  void (*scale_by_powers_)(const at::Tensor& a, const at::Tensor& exponents, int sign);
 
-  // Between a stored moment and an fp32 or fp64 tensor, dense and of its layout.
-  void (*load_moment)(const at::Tensor& out, const StoredMoment& moment, MomentKind kind);
-  void (*store_moment)(const StoredMoment& moment, const at::Tensor& in, MomentKind kind);
+  // What a step multiplies with: of matrix b with `steps[b]` steps taken before and this outcome, factors[b]
+  // <- {1 / root of the second bias correction, step length, decay} (math/adam.h); left alone, {1, 0, 1}.
+  // factors: fp64 [B, 3]; steps: B fp32 or fp64 scalars; lr: fp64 scalar; outcomes: uint8 [B].
+  void (*step_factors)(const at::Tensor& factors, const std::vector<at::Tensor>& steps, const at::Tensor& lr,
+                       const at::Tensor& outcomes, const AdamWOptions& options);
 
-  // out[i, :] <- a[order[i], :], both fp32 or fp64 with columns in one piece each; order int64.
-  void (*gather_rows)(const at::Tensor& out, const at::Tensor& a, const at::Tensor& order);
+  // The Adam element: gradients, a stack (fp32 or fp64) in the memory order of the moments, become steps: the
+  // directions times the step lengths in `factors`.  Where an outcome leaves a matrix alone, its step is 0
+  // and its moments stay.
+  void (*adam)(const at::Tensor& gradients, const StoredMoments& exp_avgs, const StoredMoments& exp_avg_sqs,
+               const at::Tensor& factors, const at::Tensor& outcomes, const AdamWOptions& options);
+
+  // Between stored moments and a stack in fp32 or fp64 of their memory order.  Storing leaves those alone
+  // that are not active (uint8 [B]; undefined: all are).
+  void (*load_moments)(const at::Tensor& out, const StoredMoments& moments, MomentKind kind);
+  void (*store_moments)(const StoredMoments& moments, const at::Tensor& in, MomentKind kind,
+                        const at::Tensor& active);
+
+  // Whether Cholesky QR twice, its Gram matrices in fp64, is the fastest way to orthonormal columns.
+  bool (*cholesky_qr_pays)();
 
   // The LU factorisation without pivoting of q diag(signs) - I in place of q (w x w, row-major): signs (w),
   // +-1, chosen so that no pivot is under 1.
   void (*signed_lu)(const at::Tensor& q, const at::Tensor& signs);
 
-  // mean <- m / bias_correction1, variance <- v / bias_correction2 - mean^2: four matrices of one shape
-  // and stride order, each with one stride of 1.
-  void (*moments_to_variance)(const at::Tensor& mean, const at::Tensor& variance, const at::Tensor& exp_avg,
-                              const at::Tensor& exp_avg_sq, double bias_correction1, double bias_correction2);
+  // Panels, a stack (m x w each, m >= w, column-major) in fp32 or fp64, become orthonormal bases of their
+  // ranges, whatever their rank, where active (uint8 [B]); the others stay.
+  void (*householder_)(const at::Tensor& panels, const at::Tensor& active);
 
-  // The way back: m <- bias_correction1 mean, v <- bias_correction2 |variance + mean^2|.
+  // mean <- m / corrections[b, 0], variance <- v / corrections[b, 1] - mean^2: four stacks of one shape and
+  // stride order, each matrix with one stride of 1; corrections: fp64 [B, 2].
+  void (*moments_to_variance)(const at::Tensor& mean, const at::Tensor& variance, const at::Tensor& exp_avg,
+                              const at::Tensor& exp_avg_sq, const at::Tensor& corrections);
+
+  // The way back: m <- corrections[b, 0] mean, v <- corrections[b, 1] |variance + mean^2|.
   void (*variance_to_moments)(const at::Tensor& exp_avg, const at::Tensor& exp_avg_sq, const at::Tensor& mean,
-                              const at::Tensor& variance, double bias_correction1, double bias_correction2);
+                              const at::Tensor& variance, const at::Tensor& corrections);
+
+  // c[i] <- beta c[i] + a[i] b[i] for lists of one shape, strides and dtype each, in as few calls of BLAS as
+  // may be; false, and nothing done, where it cannot take them so.  a and b of one dtype, c of that or the
+  // compute dtype.  beta: scalar of the compute dtype; undefined: 0.  Where an outcome says skipped, c[i]
+  // stays (undefined outcomes: all are written).  Null where lists gain nothing.
+  bool (*products)(const std::vector<at::Tensor>& c, const std::vector<at::Tensor>& a,
+                   const std::vector<at::Tensor>& b, const at::Tensor& beta, const at::Tensor& outcomes);
 };
 
 const Kernels& kernels_for(const at::Tensor& a);

@@ -9,10 +9,9 @@ namespace galore_rrf {
 TORCH_LIBRARY(galore_rrf, m) {
   m.def("gaussian_sketch(int rows, int cols, *, int seed, int key=0, int refresh=0, int row_offset=0, "
         "int col_offset=0, ScalarType? dtype=None, Device? device=None) -> Tensor");
-  m.def(
-      "range_finder(Tensor a, int rank, *, int oversampling=0, str sketch=\"half_power\", int power=1, "
-      "Tensor? warm=None, bool coefficients=True, bool ordered=False, str panel=\"householder\", int seed=0, "
-      "int key=0, int refresh=0) -> (Tensor basis, Tensor coefficients, Tensor residual, Tensor status)");
+  m.def("range_finder(Tensor a, int rank, *, int oversampling=0, str sketch=\"half_power\", int power=1, "
+        "Tensor? warm=None, bool coefficients=True, bool ordered=False, str panel=\"auto\", int seed=0, "
+        "int key=0, int refresh=0) -> (Tensor basis, Tensor coefficients, Tensor residual, Tensor status)");
   m.def(
       "adaptive_range_finder(Tensor a, float tolerance, *, bool relative=True, int block=64, "
       "int? max_rank=None, str method=\"auto\", str sketch=\"half_power\", bool trim=True, int extra_blocks=1, "
@@ -34,12 +33,12 @@ TORCH_LIBRARY(galore_rrf, m) {
       "projected_adamw_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
       "Tensor(d!)[] exp_avg_scales, Tensor(e!)[] exp_avg_sq_scales, Tensor(f!)[] bases, Tensor(g!)[] steps, "
       "Tensor?[] coefficients, int[] sides, int[] keys, int[] refreshes, Tensor(h!)? refresh_seconds=None, *, "
-      "float lr, float beta1, float beta2, float eps, float weight_decay, float scale, bool maximize=False, "
+      "Tensor lr, float beta1, float beta2, float eps, float weight_decay, float scale, bool maximize=False, "
       "bool correct_bias=True, str arithmetic=\"torch\", str sketch=\"warm\", int power=1, "
-      "int oversampling=0, str moments=\"rotate\", int seed=0) -> Tensor");
+      "int oversampling=0, str moments=\"rotate\", int seed=0, bool? asynchronous=None) -> Tensor");
   m.def(
       "adamw_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
-      "Tensor(d!)[] exp_avg_scales, Tensor(e!)[] exp_avg_sq_scales, Tensor(f!)[] steps, *, float lr, "
+      "Tensor(d!)[] exp_avg_scales, Tensor(e!)[] exp_avg_sq_scales, Tensor(f!)[] steps, *, Tensor lr, "
       "float beta1, float beta2, float eps, float weight_decay, bool maximize=False, bool correct_bias=True, "
       "str arithmetic=\"torch\") -> ()");
   m.def("quantize_moment(Tensor moment, bool is_signed) -> (Tensor codes, Tensor scale)");

@@ -64,7 +64,7 @@ def range_finder(
     warm: Tensor | None = None,
     coefficients: bool = True,
     ordered: bool = False,
-    panel: str = "householder",
+    panel: str = "auto",
     seed: int = 0,
     key: int = 0,
     refresh: int = 0,
@@ -235,7 +235,7 @@ def projected_adamw_(
     exp_avg_scales: Sequence[Tensor] | None = None,
     exp_avg_sq_scales: Sequence[Tensor] | None = None,
     *,
-    lr: float,
+    lr: float | Tensor,
     beta1: float,
     beta2: float,
     eps: float,
@@ -249,6 +249,7 @@ def projected_adamw_(
     oversampling: int = 0,
     moments: str = "rotate",
     seed: int = 0,
+    asynchronous: bool | None = None,
 ) -> Tensor:
     """One projected AdamW step (GaLore, algorithm 2) of a list of matrices, in place, in one call.
 
@@ -265,15 +266,20 @@ def projected_adamw_(
     All is computed in fp64 for fp64 weights, else in fp32.  Moments (shape of R, contiguous) are of that
     dtype, fp32, bf16, or uint8 codes whose scales (`quantize_moment`) stand in `exp_avg_scales` and
     `exp_avg_sq_scales`, which are empty tensors elsewhere.  `bases` are of any floating dtype, `steps`
-    scalars on the CPU.  A basis of zeros means none yet: such a matrix is refreshed at once.
+    fp32 or fp64 scalars on the device of the weights.  A basis of zeros means none yet: such a matrix is refreshed at once.
     `coefficients[i]`: R from a refresh made elsewhere, whose basis is in `bases` already.
     `keys[i]`: the matrix id of the test matrix, of a stack's first.
     `refresh_seconds` (fp64, one number a parameter, on the CPU): the wall-clock time of each parameter's
     refresh is added to it; that of k matrices refreshed side by side counts for 1/k each.
 
-    Returns one uint8 a parameter: 0 skipped (non-finite gradient, nothing written), 1 stepped, 2 stepped
-    in a new subspace, 3 weight decay alone (zero gradient and no basis yet; not counted as a step).
-    No m x n temporary is made.
+    `asynchronous` (by default: on CUDA): matrices of one shape are stepped together, in few launches, and
+    nobody waits for the device: which are skipped, and why, is decided there, and a matrix without a basis
+    waits for its next refresh.  `lr` may be a scalar tensor on the device, read when the step runs there.
+    Else every matrix is a piece of work for one thread.
+
+    Returns one uint8 a parameter, on the device of the weights: 0 skipped (non-finite gradient, nothing
+    written), 1 weight decay alone (zero gradient and no basis yet; not counted as a step), 2 stepped,
+    3 stepped in a new subspace.  No m x n temporary is made.
     """
     return _ops.projected_adamw_(
         params,
@@ -289,7 +295,7 @@ def projected_adamw_(
         keys,
         refreshes,
         refresh_seconds,
-        lr=lr,
+        lr=_scalar(lr),
         beta1=beta1,
         beta2=beta2,
         eps=eps,
@@ -303,7 +309,12 @@ def projected_adamw_(
         oversampling=oversampling,
         moments=moments,
         seed=seed,
+        asynchronous=asynchronous,
     )
+
+
+def _scalar(lr: float | Tensor) -> Tensor:
+    return lr if isinstance(lr, Tensor) else torch.tensor(lr, dtype=torch.float64, device="cpu")
 
 
 def _uncoded(params: Sequence[Tensor]) -> list[Tensor]:
@@ -319,7 +330,7 @@ def adamw_(
     exp_avg_scales: Sequence[Tensor] | None = None,
     exp_avg_sq_scales: Sequence[Tensor] | None = None,
     *,
-    lr: float,
+    lr: float | Tensor,
     beta1: float,
     beta2: float,
     eps: float,
@@ -342,7 +353,7 @@ def adamw_(
         _uncoded(params) if exp_avg_scales is None else exp_avg_scales,
         _uncoded(params) if exp_avg_sq_scales is None else exp_avg_sq_scales,
         steps,
-        lr=lr,
+        lr=_scalar(lr),
         beta1=beta1,
         beta2=beta2,
         eps=eps,
@@ -512,7 +523,7 @@ def _(basis: Tensor, coefficients: Tensor) -> tuple[Tensor, ...]:
 
 @torch.library.register_fake("galore_rrf::projected_adamw_")
 def _(params: Sequence[Tensor], *_: Any, **__: Any) -> Tensor:
-    return torch.empty(len(params), dtype=torch.uint8)
+    return torch.empty(len(params), dtype=torch.uint8, device=params[0].device if params else None)
 
 
 @torch.library.register_fake("galore_rrf::adamw_")

@@ -35,7 +35,7 @@ from galore_rrf.subspace import (
     zero_moments,
 )
 
-_SKIPPED, _REFRESHED = 0, 2  # outcomes of ops.projected_adamw_
+_SKIPPED, _REFRESHED = 0, 3  # outcomes of ops.projected_adamw_
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)  # of which our own steps can be taken
 _OFTEN = 50  # below this interval kept moments do harm
 

@@ -109,7 +109,7 @@ def range_finder(
     power: int = 1,
     warm: Tensor | None = None,
     coefficients: bool = True,
-    panel: str = "householder",
+    panel: str = "auto",
     nonfinite: str = "status",
     seed: int = 0,
     key: int = 0,
@@ -129,7 +129,7 @@ def range_finder(
         warm: a basis (..., m, any) found for a matrix like `a` before.
         coefficients: whether to compute B = Q^T A, and the residual with it.
         panel: how the sketch is orthonormalised: ``"householder"``, ``"cholesky_qr"`` or
-            ``"gram_schmidt"`` (`ops.orthonormal_panel`).
+            ``"gram_schmidt"`` (`ops.orthonormal_panel`); ``"auto"``: as is fastest on the device.
         nonfinite: what a NaN or infinite entry leads to: ``"status"``, `Status.nonfinite` and a basis of
             zeros, or ``"raise"``.
         seed, key, refresh: choose the Gaussian test matrix (`ops.gaussian_sketch`); matrix i of a batch

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 CONVERGED, RANK_CAP, FLOOR, ZERO, NONFINITE = range(5)  # the status of a range finder
-SKIPPED, STEPPED, REFRESHED, DECAYED = range(4)  # the outcome of a step
+SKIPPED, DECAYED, STEPPED, REFRESHED = range(4)  # the outcome of a step
 
 _WORD = 0xFFFFFFFF
 _UNIT_ROUNDOFF = {torch.float32: 2.0**-24, torch.float64: 2.0**-53}
@@ -171,7 +171,7 @@ def range_finder(
     warm: Tensor | None = None,
     coefficients: bool = True,
     ordered: bool = False,
-    panel: str = "householder",
+    panel: str = "auto",
     seed: int = 0,
     key: int = 0,
     refresh: int = 0,

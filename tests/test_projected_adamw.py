@@ -19,7 +19,7 @@ from matrices import UNIT_ROUNDOFF, assert_orthonormal, generator, layout
 from galore_rrf import reference
 from galore_rrf.ops import projected_adamw_, rotate_moments
 
-SKIPPED, STEPPED, REFRESHED, DECAYED = range(4)
+SKIPPED, DECAYED, STEPPED, REFRESHED = range(4)
 RIGHT, LEFT = 0, 1
 ADAM = {"lr": 0.1, "beta1": 0.9, "beta2": 0.95, "eps": 0.03, "weight_decay": 0.2, "scale": 0.5}
 MIXED = [
@@ -215,7 +215,7 @@ def test_stack_is_its_matrices(device, side, sketch):
     singles.params = [w.clone() for w in stack.params[0]]
     for number, refresh in enumerate((0, -1, 1, -1)):
         grads = stack.grads(number)
-        assert stack.step(projected_adamw_, grads, refresh, sketch=sketch) == [2 if refresh >= 0 else 1]
+        assert stack.step(projected_adamw_, grads, refresh, sketch=sketch) == [REFRESHED if refresh >= 0 else STEPPED]
         singles.step(projected_adamw_, list(grads[0]), refresh, sketch=sketch)
     for name in ("params", "exp_avgs", "exp_avg_sqs", "bases"):
         expected = torch.stack(getattr(singles, name))

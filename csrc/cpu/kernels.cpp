@@ -3,8 +3,11 @@
 
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
+#include <ATen/ops/geqrf.h>
+#include <ATen/ops/linalg_householder_product.h>
 
 #include <algorithm>
+#include <cmath>
 #include <vector>
 
 #include "cpu/moments.h"
@@ -68,27 +71,61 @@ void fill_sketch(const at::Tensor& out, SketchKey key, int64_t row_offset, int64
 }
 
 // Partial sums over fixed chunks, added in order: independent of how threads share the chunks.
-double squared_norm(const at::Tensor& a) {
-  const int64_t n = a.numel();
+template <class T>
+double squared_norm_of(const T* data, int64_t n) {
   const int64_t chunks = (n + kGrain - 1) / kGrain;
   std::vector<double> sums(static_cast<size_t>(chunks));
-  AT_DISPATCH_FLOATING_TYPES(a.scalar_type(), "squared_norm", [&] {
-    const scalar_t* data = a.const_data_ptr<scalar_t>();
-    at::parallel_for(0, chunks, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t c = begin; c < end; ++c) {
-        sums[static_cast<size_t>(c)] =
-            cpu::squared_norm_range(data + c * kGrain, std::min(kGrain, n - c * kGrain));
-      }
-    });
+  at::parallel_for(0, chunks, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t c = begin; c < end; ++c) {
+      sums[static_cast<size_t>(c)] =
+          cpu::squared_norm_range(data + c * kGrain, std::min(kGrain, n - c * kGrain));
+    }
   });
   CompensatedSum total;
   for (const double sum : sums) total.add(sum);
   return total.value();
 }
 
-bool all_finite(const at::Tensor& a) {
-  return AT_DISPATCH_FLOATING_TYPES(a.scalar_type(), "all_finite", [&] {
-    return cpu::all_finite_range(a.const_data_ptr<scalar_t>(), a.numel());
+double squared_norm(const at::Tensor& a) {
+  return AT_DISPATCH_FLOATING_TYPES(a.scalar_type(), "squared_norm",
+                                    [&] { return squared_norm_of(a.const_data_ptr<scalar_t>(), a.numel()); });
+}
+
+// f(matrix, entries, b) for every matrix of a stack.
+template <class T, class F>
+void for_each_matrix(const at::Tensor& stack, const F& f) {
+  T* data = stack.mutable_data_ptr<T>();
+  const int64_t entries = stack.size(0) == 0 ? 0 : stack.numel() / stack.size(0);
+  for (int64_t b = 0; b < stack.size(0); ++b) f(data + b * stack.stride(0), entries, b);
+}
+
+void squared_norms(const at::Tensor& sums, const at::Tensor& a) {
+  double* sum = sums.mutable_data_ptr<double>();
+  AT_DISPATCH_FLOATING_TYPES(a.scalar_type(), "squared_norms", [&] {
+    for_each_matrix<scalar_t>(
+        a, [&](const scalar_t* data, int64_t n, int64_t b) { sum[b] = squared_norm_of(data, n); });
+  });
+}
+
+void all_finite(const at::Tensor& flags, const at::Tensor& a) {
+  uint8_t* flag = flags.mutable_data_ptr<uint8_t>();
+  AT_DISPATCH_FLOATING_TYPES(a.scalar_type(), "all_finite", [&] {
+    for_each_matrix<scalar_t>(
+        a, [&](const scalar_t* data, int64_t n, int64_t b) { flag[b] = cpu::all_finite_range(data, n); });
+  });
+}
+
+void scale_by_powers_(const at::Tensor& a, const at::Tensor& exponents, int sign) {
+  const int32_t* exponent = exponents.const_data_ptr<int32_t>();
+  AT_DISPATCH_FLOATING_TYPES(a.scalar_type(), "scale_by_powers_", [&] {
+    for_each_matrix<scalar_t>(a, [&](scalar_t* data, int64_t n, int64_t b) {
+      if (exponent[b] == 0) return;
+      // In two steps, since one factor may itself overflow.
+      const int half = sign * exponent[b] / 2;
+      const scalar_t first = std::ldexp(scalar_t{1}, half);
+      const scalar_t second = std::ldexp(scalar_t{1}, sign * exponent[b] - half);
+      for (int64_t i = 0; i < n; ++i) data[i] = data[i] * first * second;
+    });
   });
 }
 
@@ -103,59 +140,77 @@ void for_each_block(int64_t entries, const F& f) {
   });
 }
 
-void adam(const at::Tensor& gradient, const StoredMoment& exp_avg, const StoredMoment& exp_avg_sq,
-          const AdamElement<double>& e) {
-  AT_DISPATCH_FLOATING_TYPES(gradient.scalar_type(), "adam", [&] {
-    const AdamElement<scalar_t> element{
-        static_cast<scalar_t>(e.gradient_sign), static_cast<scalar_t>(e.beta1_complement),
-        static_cast<scalar_t>(e.beta2),         static_cast<scalar_t>(e.beta2_complement),
-        static_cast<scalar_t>(e.root_scale),    static_cast<scalar_t>(e.eps)};
-    scalar_t* g = gradient.mutable_data_ptr<scalar_t>();
-    if (exp_avg.values.scalar_type() == gradient.scalar_type()) {
-      scalar_t* m = exp_avg.values.mutable_data_ptr<scalar_t>();
-      scalar_t* v = exp_avg_sq.values.mutable_data_ptr<scalar_t>();
-      at::parallel_for(0, gradient.numel(), kGrain, [&](int64_t begin, int64_t end) {
-        cpu::adam_range(g + begin, m + begin, v + begin, end - begin, element);
-      });
-      return;
-    }
-    const cpu::MomentBlocks<scalar_t> mean(exp_avg, MomentKind::exp_avg);
-    const cpu::MomentBlocks<scalar_t> square(exp_avg_sq, MomentKind::exp_avg_sq);
-    for_each_block(gradient.numel(), [&](int64_t begin, int64_t n) {
-      scalar_t m[kCodeBlock], v[kCodeBlock];
-      mean.load(m, begin, n);
-      square.load(v, begin, n);
-      cpu::adam_range(g + begin, m, v, n, element);
-      mean.store(m, begin, n);
-      square.store(v, begin, n);
+void step_factors(const at::Tensor& factors, const std::vector<at::Tensor>& steps, const at::Tensor& lr,
+                  const at::Tensor& outcomes, const AdamWOptions& options) {
+  double* factor = factors.mutable_data_ptr<double>();
+  const uint8_t* outcome = outcomes.const_data_ptr<uint8_t>();
+  const double rate = *lr.const_data_ptr<double>();
+  for (size_t b = 0; b < steps.size(); ++b, factor += 3) {
+    const StepFactors f = step_factors_for(options, rate, steps[b].item().toDouble(), outcome[b]);
+    factor[0] = f.root_scale;
+    factor[1] = f.step_length;
+    factor[2] = f.decay;
+  }
+}
+
+template <class T>
+void adam_matrix(T* g, int64_t n, const StoredMoment& exp_avg, const StoredMoment& exp_avg_sq,
+                 const AdamElement<T>& element) {
+  if (exp_avg.values.scalar_type() == c10::CppTypeToScalarType<T>::value) {
+    T* m = exp_avg.values.mutable_data_ptr<T>();
+    T* v = exp_avg_sq.values.mutable_data_ptr<T>();
+    at::parallel_for(0, n, kGrain, [&](int64_t begin, int64_t end) {
+      cpu::adam_range(g + begin, m + begin, v + begin, end - begin, element);
+    });
+    return;
+  }
+  const cpu::MomentBlocks<T> mean(exp_avg, MomentKind::exp_avg);
+  const cpu::MomentBlocks<T> square(exp_avg_sq, MomentKind::exp_avg_sq);
+  for_each_block(n, [&](int64_t begin, int64_t count) {
+    T m[kCodeBlock], v[kCodeBlock];
+    mean.load(m, begin, count);
+    square.load(v, begin, count);
+    cpu::adam_range(g + begin, m, v, count, element);
+    mean.store(m, begin, count);
+    square.store(v, begin, count);
+  });
+}
+
+void adam(const at::Tensor& gradients, const StoredMoments& exp_avgs, const StoredMoments& exp_avg_sqs,
+          const at::Tensor& factors, const at::Tensor& outcomes, const AdamWOptions& options) {
+  const double* factor = factors.const_data_ptr<double>();
+  const uint8_t* outcome = outcomes.const_data_ptr<uint8_t>();
+  AT_DISPATCH_FLOATING_TYPES(gradients.scalar_type(), "adam", [&] {
+    for_each_matrix<scalar_t>(gradients, [&](scalar_t* g, int64_t n, int64_t b) {
+      const auto i = static_cast<size_t>(b);
+      if (moves(outcome[b])) {
+        const StepFactors f{factor[3 * b], factor[3 * b + 1], factor[3 * b + 2]};
+        adam_matrix(g, n, exp_avgs[i], exp_avg_sqs[i], AdamElement<scalar_t>(options, f));
+      } else {
+        std::fill_n(g, n, scalar_t{0});
+      }
     });
   });
 }
 
-void load_moment(const at::Tensor& out, const StoredMoment& moment, MomentKind kind) {
-  AT_DISPATCH_FLOATING_TYPES(out.scalar_type(), "load_moment", [&] {
-    scalar_t* to = out.mutable_data_ptr<scalar_t>();
-    const cpu::MomentBlocks<scalar_t> blocks(moment, kind);
-    for_each_block(out.numel(), [&](int64_t begin, int64_t n) { blocks.load(to + begin, begin, n); });
+void load_moments(const at::Tensor& out, const StoredMoments& moments, MomentKind kind) {
+  AT_DISPATCH_FLOATING_TYPES(out.scalar_type(), "load_moments", [&] {
+    for_each_matrix<scalar_t>(out, [&](scalar_t* to, int64_t n, int64_t b) {
+      const cpu::MomentBlocks<scalar_t> blocks(moments[static_cast<size_t>(b)], kind);
+      for_each_block(n, [&](int64_t begin, int64_t count) { blocks.load(to + begin, begin, count); });
+    });
   });
 }
 
-void store_moment(const StoredMoment& moment, const at::Tensor& in, MomentKind kind) {
-  AT_DISPATCH_FLOATING_TYPES(in.scalar_type(), "store_moment", [&] {
-    const scalar_t* from = in.const_data_ptr<scalar_t>();
-    const cpu::MomentBlocks<scalar_t> blocks(moment, kind);
-    for_each_block(in.numel(), [&](int64_t begin, int64_t n) { blocks.store(from + begin, begin, n); });
-  });
-}
-
-void gather_rows(const at::Tensor& out, const at::Tensor& a, const at::Tensor& order) {
-  const int64_t* source = order.const_data_ptr<int64_t>();
-  AT_DISPATCH_FLOATING_TYPES(a.scalar_type(), "gather_rows", [&] {
-    for (int64_t j = 0; j < a.size(1); ++j) {
-      const scalar_t* from = a.const_data_ptr<scalar_t>() + j * a.stride(1);
-      scalar_t* to = out.mutable_data_ptr<scalar_t>() + j * out.stride(1);
-      for (int64_t i = 0; i < out.size(0); ++i) to[i] = from[source[i]];
-    }
+void store_moments(const StoredMoments& moments, const at::Tensor& in, MomentKind kind,
+                   const at::Tensor& active) {
+  const uint8_t* is_active = active.defined() ? active.const_data_ptr<uint8_t>() : nullptr;
+  AT_DISPATCH_FLOATING_TYPES(in.scalar_type(), "store_moments", [&] {
+    for_each_matrix<scalar_t>(in, [&](const scalar_t* from, int64_t n, int64_t b) {
+      if (is_active && !is_active[b]) return;
+      const cpu::MomentBlocks<scalar_t> blocks(moments[static_cast<size_t>(b)], kind);
+      for_each_block(n, [&](int64_t begin, int64_t count) { blocks.store(from + begin, begin, count); });
+    });
   });
 }
 
@@ -179,46 +234,78 @@ void signed_lu(const at::Tensor& q, const at::Tensor& signs) {
   });
 }
 
-// Calls f(run, offset of each tensor) for every run of entries that lies in one piece in all of them.
-template <class F, class... Tensors>
-void for_each_run(const F& f, const at::Tensor& first, const Tensors&... others) {
-  const int64_t inner = first.stride(1) == 1 ? 1 : 0;
-  for (int64_t i = 0; i < first.size(1 - inner); ++i) {
-    f(first.size(inner), i * first.stride(1 - inner), (i * others.stride(1 - inner))...);
+void householder_(const at::Tensor& panels, const at::Tensor& active) {
+  const uint8_t* is_active = active.const_data_ptr<uint8_t>();
+  for (int64_t b = 0; b < panels.size(0); ++b) {
+    if (!is_active[b]) continue;
+    const auto [reflectors, tau] = at::geqrf(panels.select(0, b));
+    panels.select(0, b).copy_(at::linalg_householder_product(reflectors, tau));
+  }
+}
+
+// Calls f(b, run, offset of each stack) for every run of entries that lies in one piece in all of them.
+template <class F, class... Stacks>
+void for_each_run(const F& f, const at::Tensor& first, const Stacks&... others) {
+  const int64_t inner = first.stride(2) == 1 ? 2 : 1;
+  for (int64_t b = 0; b < first.size(0); ++b) {
+    for (int64_t i = 0; i < first.size(3 - inner); ++i) {
+      f(b, first.size(inner), b * first.stride(0) + i * first.stride(3 - inner),
+        (b * others.stride(0) + i * others.stride(3 - inner))...);
+    }
   }
 }
 
 void moments_to_variance(const at::Tensor& mean, const at::Tensor& variance, const at::Tensor& exp_avg,
-                         const at::Tensor& exp_avg_sq, double correction1, double correction2) {
+                         const at::Tensor& exp_avg_sq, const at::Tensor& corrections) {
+  const double* correction = corrections.const_data_ptr<double>();
   AT_DISPATCH_FLOATING_TYPES(mean.scalar_type(), "moments_to_variance", [&] {
-    const auto run = [&](int64_t n, int64_t a, int64_t b, int64_t c, int64_t d) {
+    const auto run = [&](int64_t stack, int64_t n, int64_t a, int64_t b, int64_t c, int64_t d) {
       cpu::moments_to_variance_range(
           mean.mutable_data_ptr<scalar_t>() + a, variance.mutable_data_ptr<scalar_t>() + b,
           exp_avg.const_data_ptr<scalar_t>() + c, exp_avg_sq.const_data_ptr<scalar_t>() + d, n,
-          static_cast<scalar_t>(1 / correction1), static_cast<scalar_t>(1 / correction2));
+          static_cast<scalar_t>(1 / correction[2 * stack]),
+          static_cast<scalar_t>(1 / correction[2 * stack + 1]));
     };
     for_each_run(run, mean, variance, exp_avg, exp_avg_sq);
   });
 }
 
 void variance_to_moments(const at::Tensor& exp_avg, const at::Tensor& exp_avg_sq, const at::Tensor& mean,
-                         const at::Tensor& variance, double correction1, double correction2) {
+                         const at::Tensor& variance, const at::Tensor& corrections) {
+  const double* correction = corrections.const_data_ptr<double>();
   AT_DISPATCH_FLOATING_TYPES(mean.scalar_type(), "variance_to_moments", [&] {
-    const auto run = [&](int64_t n, int64_t a, int64_t b, int64_t c, int64_t d) {
+    const auto run = [&](int64_t stack, int64_t n, int64_t a, int64_t b, int64_t c, int64_t d) {
       cpu::variance_to_moments_range(
           exp_avg.mutable_data_ptr<scalar_t>() + a, exp_avg_sq.mutable_data_ptr<scalar_t>() + b,
           mean.const_data_ptr<scalar_t>() + c, variance.const_data_ptr<scalar_t>() + d, n,
-          static_cast<scalar_t>(correction1), static_cast<scalar_t>(correction2));
+          static_cast<scalar_t>(correction[2 * stack]), static_cast<scalar_t>(correction[2 * stack + 1]));
     };
     for_each_run(run, exp_avg, exp_avg_sq, mean, variance);
   });
 }
 
+// A QR by reflectors needs fewer operations, and fp64 halves the rate.
+bool cholesky_qr_pays() { return false; }
+
 }  // namespace
 
-const Kernels cpu_kernels = {fill_sketch,         squared_norm,       all_finite,  adam,
-                             load_moment,         store_moment,       gather_rows, signed_lu,
-                             moments_to_variance, variance_to_moments};
+const Kernels cpu_kernels = {
+    .fill_sketch = fill_sketch,
+    .squared_norms = squared_norms,
+    .squared_norm = squared_norm,
+    .all_finite = all_finite,
+    .scale_by_powers_ = scale_by_powers_,
+    .step_factors = step_factors,
+    .adam = adam,
+    .load_moments = load_moments,
+    .store_moments = store_moments,
+    .cholesky_qr_pays = cholesky_qr_pays,
+    .signed_lu = signed_lu,
+    .householder_ = householder_,
+    .moments_to_variance = moments_to_variance,
+    .variance_to_moments = variance_to_moments,
+    .products = nullptr,
+};
 
 const char* simd_level() {
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <c10/core/DeviceGuard.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 
 #include <initializer_list>
@@ -21,9 +22,16 @@ void check_matrix(const char* op, const at::Tensor& a);
 
 inline std::string text(c10::string_view name) { return {name.data(), name.size()}; }
 
-// Keeps autocast out of the products inside an operator.
-struct NoAutocast {
-  c10::impl::ExcludeDispatchKeyGuard guard{c10::autocast_dispatch_keyset};
+// What an operator runs under: on the device of its tensors, and without autocast in its products.
+class OperatorScope {
+ public:
+  explicit OperatorScope(const at::Tensor& tensor) : device_(tensor.device()) {}
+  explicit OperatorScope(at::TensorList tensors)
+      : device_(tensors.empty() ? at::Device(at::kCPU) : tensors.front().device()) {}
+
+ private:
+  c10::DeviceGuard device_;
+  c10::impl::ExcludeDispatchKeyGuard no_autocast_{c10::autocast_dispatch_keyset};
 };
 
 // A batch seen as a list of matrices, and its leading dimensions.
@@ -41,9 +49,13 @@ struct Batch {
     result.insert(result.end(), last);
     return result;
   }
-  // Equal costs: with at least as many matrices as threads, a matrix a thread.
+  // Equal costs: with at least as many matrices as threads, a matrix a thread.  On CUDA one after another.
   template <class F>
   void for_each(const F& f) const {
+    if (!matrices.is_cpu()) {
+      for (int64_t i = 0; i < count(); ++i) f(i);
+      return;
+    }
     for_each_in_parallel(std::vector<double>(static_cast<size_t>(count()), 1.0),
                          [&](int64_t i, int64_t) { f(i); });
   }

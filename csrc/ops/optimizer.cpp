@@ -68,9 +68,17 @@ void check_moments(const StoredMoment& exp_avg, const StoredMoment& exp_avg_sq, 
                     exp_avg_sq.values.scalar_type(), " for parameter ", index);
 }
 
-void check_step(const at::Tensor& step, size_t index) {
-  TORCH_CHECK_VALUE(step.numel() == 1 && step.device().is_cpu(), "Invalid step: ", step.numel(),
-                    " numbers on ", step.device(), " (must be one number on the CPU) for parameter ", index);
+void check_step(const at::Tensor& step, const at::Tensor& weight, size_t index) {
+  const at::ScalarType dtype = step.scalar_type();
+  TORCH_CHECK_VALUE(
+      step.numel() == 1 && step.device() == weight.device() && (dtype == at::kFloat || dtype == at::kDouble),
+      "Invalid step: ", step.numel(), " numbers, ", dtype, " on ", step.device(),
+      " (must be one Float or Double on ", weight.device(), ") for parameter ", index);
+}
+
+void check_lr(const at::Tensor& lr) {
+  TORCH_CHECK_VALUE(lr.numel() == 1 && at::isFloatingType(lr.scalar_type()), "Invalid lr: ", lr.numel(),
+                    " numbers, ", lr.scalar_type(), " (must be one real floating-point number)");
 }
 
 // f(stored, values) for all of a moment, or every matrix of a stack.
@@ -133,7 +141,7 @@ void check_parameter(const ProjectedParameter& p, size_t index) {
   TORCH_CHECK_VALUE(!p.coefficients.defined() || p.coefficients.sizes() == at::IntArrayRef(moments),
                     "Invalid coefficients: shape ", p.coefficients.sizes(), " (must be ",
                     at::IntArrayRef(moments), ")", at_index());
-  check_step(p.step, index);
+  check_step(p.step, w, index);
 }
 
 }  // namespace
@@ -143,16 +151,18 @@ at::Tensor projected_adamw_op(at::TensorList params, at::TensorList grads, at::T
                               at::TensorList exp_avg_sq_scales, at::TensorList bases, at::TensorList steps,
                               const c10::List<std::optional<at::Tensor>>& coefficients, at::IntArrayRef sides,
                               at::IntArrayRef keys, at::IntArrayRef refreshes,
-                              const std::optional<at::Tensor>& refresh_seconds, double lr, double beta1,
-                              double beta2, double eps, double weight_decay, double scale, bool maximize,
-                              bool correct_bias, c10::string_view arithmetic, c10::string_view sketch,
-                              int64_t power, int64_t oversampling, c10::string_view moments, int64_t seed) {
-  const NoAutocast no_autocast;
+                              const std::optional<at::Tensor>& refresh_seconds, const at::Tensor& lr,
+                              double beta1, double beta2, double eps, double weight_decay, double scale,
+                              bool maximize, bool correct_bias, c10::string_view arithmetic,
+                              c10::string_view sketch, int64_t power, int64_t oversampling,
+                              c10::string_view moments, int64_t seed, std::optional<bool> asynchronous) {
+  const OperatorScope scope(params);
   const size_t count = params.size();
   check_lengths(
       "projected_adamw_", count,
       {grads.size(), exp_avgs.size(), exp_avg_sqs.size(), exp_avg_scales.size(), exp_avg_sq_scales.size(),
        bases.size(), steps.size(), coefficients.size(), sides.size(), keys.size(), refreshes.size()});
+  check_lr(lr);
   TORCH_CHECK_VALUE(oversampling >= 0, "Invalid oversampling: ", oversampling, " (must not be negative)");
   TORCH_CHECK_VALUE(power >= 0, "Invalid power: ", power, " (must not be negative)");
   const at::Tensor seconds = refresh_seconds.value_or(at::Tensor());
@@ -175,33 +185,31 @@ at::Tensor projected_adamw_op(at::TensorList params, at::TensorList grads, at::T
                      .coefficients = coefficients.get(i).value_or(at::Tensor())};
     check_parameter(parameters[i], i);
   }
-  const auto outcomes = projected_adamw_(parameters,
-                                         {.lr = lr,
-                                          .beta1 = beta1,
-                                          .beta2 = beta2,
-                                          .eps = eps,
-                                          .weight_decay = weight_decay,
-                                          .scale = scale,
-                                          .maximize = maximize,
-                                          .correct_bias = correct_bias,
-                                          .arithmetic = arithmetic_from_name(arithmetic)},
-                                         {.sketch = sketch_from_name(text(sketch)),
-                                          .power = power,
-                                          .oversampling = oversampling,
-                                          .moments = moments_from_name(moments),
-                                          .seed = static_cast<uint64_t>(seed)},
-                                         seconds);
+  const at::Tensor outcomes = projected_adamw_(parameters, lr,
+                                               {.beta1 = beta1,
+                                                .beta2 = beta2,
+                                                .eps = eps,
+                                                .weight_decay = weight_decay,
+                                                .scale = scale,
+                                                .maximize = maximize,
+                                                .correct_bias = correct_bias,
+                                                .arithmetic = arithmetic_from_name(arithmetic)},
+                                               {.sketch = sketch_from_name(text(sketch)),
+                                                .power = power,
+                                                .oversampling = oversampling,
+                                                .moments = moments_from_name(moments),
+                                                .seed = static_cast<uint64_t>(seed)},
+                                               seconds, asynchronous);
   bump_versions({params, exp_avgs, exp_avg_sqs, exp_avg_scales, exp_avg_sq_scales, bases, steps});
-  const at::Tensor result = at::empty({static_cast<int64_t>(count)}, at::kByte);
-  std::transform(outcomes.begin(), outcomes.end(), result.mutable_data_ptr<uint8_t>(),
-                 [](Outcome outcome) { return static_cast<uint8_t>(outcome); });
-  return result;
+  return outcomes;
 }
 
 void adamw_op(at::TensorList params, at::TensorList grads, at::TensorList exp_avgs,
               at::TensorList exp_avg_sqs, at::TensorList exp_avg_scales, at::TensorList exp_avg_sq_scales,
-              at::TensorList steps, double lr, double beta1, double beta2, double eps, double weight_decay,
-              bool maximize, bool correct_bias, c10::string_view arithmetic) {
+              at::TensorList steps, const at::Tensor& lr, double beta1, double beta2, double eps,
+              double weight_decay, bool maximize, bool correct_bias, c10::string_view arithmetic) {
+  const OperatorScope scope(params);
+  check_lr(lr);
   const size_t count = params.size();
   check_lengths("adamw_", count,
                 {grads.size(), exp_avgs.size(), exp_avg_sqs.size(), exp_avg_scales.size(),
@@ -218,17 +226,17 @@ void adamw_op(at::TensorList params, at::TensorList grads, at::TensorList exp_av
     TORCH_CHECK_VALUE(w.is_contiguous() && grads[i].is_contiguous(),
                       "adamw_ expects contiguous weights and gradients for parameter ", i);
     check_moments(parameters[i].exp_avg, parameters[i].exp_avg_sq, w.sizes(), scale_shape(w.numel()), w, i);
-    check_step(steps[i], i);
+    check_step(steps[i], w, i);
   }
-  adamw_(parameters, {.lr = lr,
-                      .beta1 = beta1,
-                      .beta2 = beta2,
-                      .eps = eps,
-                      .weight_decay = weight_decay,
-                      .scale = 1,
-                      .maximize = maximize,
-                      .correct_bias = correct_bias,
-                      .arithmetic = arithmetic_from_name(arithmetic)});
+  adamw_(parameters, lr,
+         {.beta1 = beta1,
+          .beta2 = beta2,
+          .eps = eps,
+          .weight_decay = weight_decay,
+          .scale = 1,
+          .maximize = maximize,
+          .correct_bias = correct_bias,
+          .arithmetic = arithmetic_from_name(arithmetic)});
   bump_versions({params, exp_avgs, exp_avg_sqs, exp_avg_scales, exp_avg_sq_scales, steps});
 }
 
@@ -240,7 +248,7 @@ std::tuple<at::Tensor, at::Tensor> quantize_moment_op(const at::Tensor& moment, 
   const at::Tensor scale = at::empty(scale_shape(values.sizes()), values.options().dtype(at::kFloat));
   const MomentKind kind = is_signed ? MomentKind::exp_avg : MomentKind::exp_avg_sq;
   for_each_coded(codes, scale, values, [&](const StoredMoment& stored, const at::Tensor& part) {
-    kernels_for(part).store_moment(stored, part, kind);
+    kernels_for(part).store_moments({stored}, part.unsqueeze(0), kind, /*active=*/{});
   });
   return {codes, scale};
 }
@@ -256,7 +264,7 @@ at::Tensor dequantize_moment_op(const at::Tensor& codes, const at::Tensor& scale
   const MomentKind kind = is_signed ? MomentKind::exp_avg : MomentKind::exp_avg_sq;
   for_each_coded(codes.contiguous(), scale.contiguous(), values,
                  [&](const StoredMoment& stored, const at::Tensor& part) {
-                   kernels_for(part).load_moment(part, stored, kind);
+                   kernels_for(part).load_moments(part.unsqueeze(0), {stored}, kind);
                  });
   return values;
 }
@@ -265,7 +273,7 @@ std::tuple<at::Tensor, at::Tensor> rotate_moments_op(const at::Tensor& exp_avg, 
                                                      const at::Tensor& basis, const at::Tensor& new_basis,
                                                      int64_t side, double bias_correction1,
                                                      double bias_correction2) {
-  const NoAutocast no_autocast;
+  const OperatorScope scope(exp_avg);
   const bool right = side_from_int(side) == Side::right;
   TORCH_CHECK_VALUE(exp_avg.dim() >= 2 && exp_avg.sizes() == exp_avg_sq.sizes(),
                     "exp_avg and exp_avg_sq must be matrices of one shape, got ", exp_avg.sizes(), " and ",
@@ -285,17 +293,24 @@ std::tuple<at::Tensor, at::Tensor> rotate_moments_op(const at::Tensor& exp_avg, 
   shape[right ? 2 : 1] = new_basis.size(-1);
   const at::Tensor out_mean = at::empty(shape, exp_avg.options()),
                    out_square = at::empty(shape, exp_avg.options());
-  const auto pick = [&](const at::Tensor& t, int64_t i) {
-    return right ? t.select(0, i).mT() : t.select(0, i);
+  const at::Tensor corrections = at::empty({mean.count(), 2}, at::kDouble);
+  corrections.select(1, 0).fill_(bias_correction1);
+  corrections.select(1, 1).fill_(bias_correction2);
+  const at::Tensor corrections_there = corrections.to(exp_avg.device());
+  // On a CPU a matrix a thread, elsewhere all of them together.
+  const int64_t together = exp_avg.is_cpu() ? 1 : mean.count();
+  const auto rotate = [&](int64_t first) {
+    const auto part = [&](const at::Tensor& t) { return t.narrow(0, first, together); };
+    const auto pick = [&](const at::Tensor& t) { return right ? part(t).mT() : part(t); };
+    const auto cast = [&](const Batch& bases) { return part(bases.matrices).to(exp_avg.scalar_type()); };
+    rotate_moments_out(pick(out_mean), pick(out_square), pick(mean.matrices), pick(square.matrices),
+                       cast(new_q).mT().matmul(cast(old_q)), part(corrections_there));
   };
-  mean.for_each([&](int64_t i) {
-    const at::Tensor s = new_q.matrices.select(0, i)
-                             .mT()
-                             .to(exp_avg.scalar_type())
-                             .matmul(old_q.matrices.select(0, i).to(exp_avg.scalar_type()));
-    rotate_moments_out(pick(out_mean, i), pick(out_square, i), pick(mean.matrices, i),
-                       pick(square.matrices, i), s, bias_correction1, bias_correction2);
-  });
+  if (together == 1) {
+    mean.for_each(rotate);
+  } else if (together > 0) {
+    rotate(0);
+  }
   auto result_shape = exp_avg.sizes().vec();
   result_shape[result_shape.size() - (right ? 1 : 2)] = new_basis.size(-1);
   return {out_mean.view(result_shape), out_square.view(result_shape)};

@@ -112,6 +112,7 @@ at::Tensor gaussian_sketch(int64_t rows, int64_t cols, int64_t seed, int64_t key
   const at::Tensor out = at::empty({rows, cols}, at::TensorOptions().dtype(dtype).device(device));
   TORCH_CHECK_TYPE(at::isFloatingType(out.scalar_type()), "Invalid dtype: ", out.scalar_type(),
                    " (must be torch.float32, float64, bfloat16 or float16)");
+  const OperatorScope scope(out);
   kernels_for(out).fill_sketch(out, sketch_key(seed, key, refresh), row_offset, col_offset);
   return out;
 }
@@ -120,7 +121,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> range_finder_op(
     const at::Tensor& a, int64_t rank, int64_t oversampling, c10::string_view sketch, int64_t power,
     const std::optional<at::Tensor>& warm, bool coefficients, bool ordered, c10::string_view panel,
     int64_t seed, int64_t key, int64_t refresh) {
-  const NoAutocast no_autocast;
+  const OperatorScope scope(a);
   check_matrix("range_finder", a);
   const int64_t m = a.size(-2), n = a.size(-1);
   TORCH_CHECK_VALUE(rank >= 1 && rank <= std::min(m, n), "Invalid rank: ", rank, " (must be from 1 to ",
@@ -133,7 +134,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> range_finder_op(
                            .power = power,
                            .ordered = ordered,
                            .panel = panel_from_name(text(panel)),
-                           .measured = coefficients};
+                           .measured = coefficients,
+                           .asynchronous = !a.is_cpu()};
   TORCH_CHECK_VALUE((options.sketch == Sketch::warm) == warm.has_value(),
                     "sketch='warm' and a previous basis `warm` go together, got sketch='", sketch, "' and ",
                     warm.has_value() ? "a basis" : "none");
@@ -153,33 +155,43 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> range_finder_op(
   const auto dtype = a.options().dtype(compute_dtype(a));
   const at::Tensor basis = at::empty({batch.count(), rank, m}, dtype).mT();
   const at::Tensor b = at::empty({batch.count(), coefficients ? rank : 0, n}, dtype);
-  const at::Tensor residual = at::full({batch.count()}, kNaN, a.options().dtype(at::kDouble));
+  const at::Tensor residual = at::empty({batch.count()}, at::kDouble);
   const at::Tensor status = at::empty({batch.count()}, a.options().dtype(at::kByte));
   const SketchKey first_key = sketch_key(seed, key, refresh, batch.count());
-  batch.for_each([&](int64_t i) {
-    FixedRankOptions mine = options;
-    mine.key = first_key;
-    mine.key.matrix += static_cast<uint32_t>(i);
-    const at::Tensor matrix = batch.matrices.select(0, i), q = basis.select(0, i);
-    const at::Tensor kept = b.select(0, i);
-    const auto [ended, found, left] =
-        fixed_rank_range_finder(matrix, mine, previous.defined() ? previous.select(0, i) : previous,
-                                coefficients ? kept : at::Tensor());
-    status.select(0, i).fill_(static_cast<int>(ended));
-    if (ended == Status::converged) {
-      q.copy_(found);
-      residual.select(0, i).fill_(left);
-      return;
+  // On a CPU a matrix a thread, elsewhere all of them together.
+  const int64_t together = a.is_cpu() ? 1 : batch.count();
+  const auto find = [&](int64_t first) {
+    std::vector<SketchKey> keys(static_cast<size_t>(together), first_key);
+    for (int64_t i = 0; i < together; ++i) {
+      keys[static_cast<size_t>(i)].matrix += static_cast<uint32_t>(first + i);
     }
-    q.zero_();
-    kept.zero_();
-    if (ended == Status::zero) {
-      q.diagonal().fill_(1);  // every basis is one of the zero matrix
-      residual.select(0, i).zero_();
+    const auto part = [&](const at::Tensor& stack) { return stack.narrow(0, first, together); };
+    const at::Tensor q = part(basis), kept = part(b);
+    const FixedRankResult found = fixed_rank_range_finder(
+        each(part(batch.matrices)), options, keys, previous.defined() ? each(part(previous)) : Matrices(),
+        coefficients ? kept : at::Tensor());
+    part(status).copy_(found.status);
+    std::copy(found.residuals.begin(), found.residuals.end(), residual.mutable_data_ptr<double>() + first);
+    if (found.basis.defined()) q.copy_(found.basis);
+    const at::Tensor ended = found.status.cpu();
+    for (int64_t i = 0; i < together; ++i) {
+      const auto code = static_cast<Status>(ended.const_data_ptr<uint8_t>()[i]);
+      if (code == Status::converged) continue;
+      q.select(0, i).zero_();
+      kept.select(0, i).zero_();
+      if (code == Status::zero) {
+        q.select(0, i).diagonal().fill_(1);  // every basis is one of the zero matrix
+        residual.mutable_data_ptr<double>()[first + i] = 0;
+      }
     }
-  });
-  return {basis.view(batch.shape({m, rank})), b.view(batch.shape({b.size(1), n})), residual.view(batch.dims),
-          status.view(batch.dims)};
+  };
+  if (together == 1) {
+    batch.for_each(find);
+  } else if (together > 0) {
+    find(0);
+  }
+  return {basis.view(batch.shape({m, rank})), b.view(batch.shape({b.size(1), n})),
+          residual.to(a.device()).view(batch.dims), status.view(batch.dims)};
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>
@@ -187,7 +199,7 @@ adaptive_range_finder_op(const at::Tensor& a, double tolerance, bool relative, i
                          std::optional<int64_t> max_rank, c10::string_view method, c10::string_view sketch,
                          bool trim, int64_t extra_blocks, c10::string_view between, c10::string_view panel,
                          bool implicit, int64_t seed, int64_t key, int64_t refresh) {
-  const NoAutocast no_autocast;
+  const OperatorScope scope(a);
   check_matrix("adaptive_range_finder", a);
   const int64_t m = a.size(-2), n = a.size(-1);
   AdaptiveOptions options = for_shape(adaptive_options(tolerance, relative, block, max_rank, method, sketch,
@@ -216,7 +228,7 @@ std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>, std::vector<at::Ten
 adaptive_range_finders_op(at::TensorList matrices, double tolerance, int64_t max_rank, at::IntArrayRef keys,
                           at::IntArrayRef refreshes, int64_t block, c10::string_view method,
                           c10::string_view sketch, int64_t seed) {
-  const NoAutocast no_autocast;
+  const OperatorScope scope(matrices);
   const size_t count = matrices.size();
   TORCH_CHECK_VALUE(keys.size() == count && refreshes.size() == count,
                     "adaptive_range_finders expects lists of one length, got ", count, ", ", keys.size(),

@@ -1,6 +1,16 @@
 #include "optimizer/projected_adamw.h"
 
-#include <ATen/ops/empty_like.h>
+#include <ATen/Context.h>
+#include <ATen/ops/_foreach_add.h>
+#include <ATen/ops/_foreach_copy.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/full.h>
+#include <ATen/ops/logical_and.h>
+#include <ATen/ops/maximum.h>
+#include <ATen/ops/pow.h>
+#include <ATen/ops/stack.h>
+#include <ATen/ops/where.h>
+#include <ATen/ops/zeros.h>
 #include <c10/util/Exception.h>
 
 #include <algorithm>
@@ -19,31 +29,42 @@
 namespace galore_rrf {
 namespace {
 
-// One matrix of one parameter, seen as if projected on the left: gradient and weight s x l with s
-// the projected side, basis s x r, moments r x l.  A right projection is the left one of the transpose.
-struct Matrix {
-  at::Tensor weight, grad;
-  StoredMoment exp_avg, exp_avg_sq;
-  at::Tensor basis, coefficients;
-  double step;  // steps taken so far
-  uint32_t key;
-  int64_t refresh;
+// Matrices of one shape and kind that are stepped together, each seen as if projected on the left: gradient
+// and weight s x l with s the projected side, basis s x r, moments r x l.  A right projection is the left one
+// of the transpose.
+struct Group {
+  Matrices weights, grads, bases;
+  StoredMoments exp_avgs, exp_avg_sqs;
+  Matrices coefficients;  // or none
+  std::vector<at::Tensor> steps;
+  std::vector<SketchKey> keys;
+  Side side;
+  bool refresh;  // whether one is due
+  std::vector<size_t> owners;
+
+  int64_t count() const { return static_cast<int64_t>(weights.size()); }
 };
 
-Matrix matrix_of(const ProjectedParameter& p, int64_t index) {
+void add_matrix(Group& group, const ProjectedParameter& p, size_t owner, int64_t index, uint64_t seed) {
   const bool stack = p.weight.dim() == 3;
-  const auto pick = [&](const at::Tensor& t) { return stack && t.defined() ? t.select(0, index) : t; };
-  const auto turn = [&](const at::Tensor& t) {
-    return t.defined() && p.side == Side::right ? pick(t).mT() : pick(t);
-  };
+  const auto pick = [&](const at::Tensor& t) { return stack ? t.select(0, index) : t; };
+  const auto turn = [&](const at::Tensor& t) { return p.side == Side::right ? pick(t).mT() : pick(t); };
   const auto turn_moment = [&](const StoredMoment& moment) {
     const bool coded = moment.values.scalar_type() == at::kByte;
     return StoredMoment{turn(moment.values), coded ? pick(moment.scale) : moment.scale};
   };
-  return {
-      turn(p.weight), turn(p.grad),         turn_moment(p.exp_avg),   turn_moment(p.exp_avg_sq),
-      pick(p.basis),  turn(p.coefficients), p.step.item().toDouble(), static_cast<uint32_t>(p.key + index),
-      p.refresh};
+  group.weights.push_back(turn(p.weight));
+  group.grads.push_back(turn(p.grad));
+  group.bases.push_back(pick(p.basis));
+  group.exp_avgs.push_back(turn_moment(p.exp_avg));
+  group.exp_avg_sqs.push_back(turn_moment(p.exp_avg_sq));
+  if (p.coefficients.defined()) group.coefficients.push_back(turn(p.coefficients));
+  group.steps.push_back(p.step);
+  group.keys.push_back(
+      {seed, static_cast<uint32_t>(p.key + index), static_cast<uint32_t>(std::max<int64_t>(0, p.refresh))});
+  group.side = p.side;
+  group.refresh = p.refresh >= 0;
+  group.owners.push_back(owner);
 }
 
 bool out_of_memory(const c10::Error& error) {
@@ -52,10 +73,11 @@ bool out_of_memory(const c10::Error& error) {
              std::string_view::npos;
 }
 
-// One look at the first entry nearly always tells; a unit column may have a zero there, not everywhere.
-bool has_basis(const Matrix& x) {
-  const at::Tensor column = x.basis.select(1, 0);
-  return column.select(0, 0).item().toDouble() != 0 || column.ne(0).any().item<bool>();
+// Which matrices have a basis, as bool [B]: zeros mean none yet, and a unit column may have a zero, not all.
+at::Tensor have_bases(const Matrices& bases) {
+  Matrices columns;
+  for (const at::Tensor& basis : bases) columns.push_back(basis.select(1, 0));
+  return at::stack(columns).ne(0).any(1);
 }
 
 // Adds its lifetime, in seconds, to a sum.
@@ -72,168 +94,293 @@ class Stopwatch {
   const Clock::time_point start_ = Clock::now();
 };
 
-// The moment itself where it is kept in the dtype asked for.
-at::Tensor loaded(const StoredMoment& moment, MomentKind kind, at::ScalarType dtype) {
-  if (moment.values.scalar_type() == dtype) return moment.values;
-  const at::Tensor out = at::empty_like(moment.values, moment.values.options().dtype(dtype));
-  kernels_for(out).load_moment(out, moment, kind);
-  return out;
-}
-
-void store(const StoredMoment& moment, const at::Tensor& values, MomentKind kind) {
-  if (!values.is_same(moment.values)) kernels_for(values).store_moment(moment, values, kind);
+// An uninitialised stack (B x r x l) in the memory order of the moments, so that the Adam element runs over
+// equal arrays.
+at::Tensor stack_like_moments(const Group& x, at::ScalarType dtype) {
+  const at::Tensor& moment = x.exp_avgs.front().values;
+  const int64_t r = moment.size(0), l = moment.size(1);
+  const auto options = moment.options().dtype(dtype);
+  return x.side == Side::right ? at::empty({x.count(), l, r}, options).mT()
+                               : at::empty({x.count(), r, l}, options);
 }
 
 // Singular vectors have no sign: each column, and its row of the projected gradient, gets the one that goes
 // with the previous column, since kept moments are read on in it.
-void align_signs_(const at::Tensor& basis, const at::Tensor& projected, const at::Tensor& previous) {
-  const at::Tensor signs = basis.mul(previous).sum(0).lt(0).to(basis.scalar_type()).mul_(-2).add_(1);
-  at::Tensor columns = basis, rows = projected;
-  columns.mul_(signs);
-  rows.mul_(signs.unsqueeze(1));
+void align_signs_(const at::Tensor& bases, const at::Tensor& projected, const at::Tensor& previous) {
+  const at::Tensor signs = bases.mul(previous).sum(1).lt(0).to(bases.scalar_type()).mul_(-2).add_(1);
+  at::Tensor columns = bases, rows = projected;
+  columns.mul_(signs.unsqueeze(1));
+  rows.mul_(signs.unsqueeze(2));
+}
+
+// Flags as they decide: read where that costs nothing, else for kernels alone.
+bool known_to_be(bool value, const at::Tensor& flags, bool asynchronous) {
+  return !asynchronous && (value ? flags.all() : flags.any().logical_not()).item<bool>();
 }
 
 class Step {
  public:
-  Step(const AdamWOptions& adamw, const RefreshOptions& refresh) : adamw_(adamw), refresh_(refresh) {}
+  Step(const at::Tensor& lr, const AdamWOptions& adamw, const RefreshOptions& refresh, bool asynchronous)
+      : lr_(lr), adamw_(adamw), refresh_(refresh), asynchronous_(asynchronous) {}
 
-  // Adds the seconds of a refresh to `refresh_seconds`.
-  Outcome operator()(const Matrix& x, double& refresh_seconds) const {
-    if (x.grad.numel() == 0) return Outcome::stepped;
-    // In the layout of the moments, so that the Adam element runs over three equal arrays.
-    const at::Tensor projected =
-        at::empty_like(x.exp_avg.values, x.grad.options().dtype(compute_dtype(x.grad)));
-    Outcome outcome = Outcome::stepped;
-    if (x.coefficients.defined()) {
-      projected.copy_(x.coefficients);
-      outcome = finite(projected) ? Outcome::refreshed : Outcome::skipped;
+  // Outcomes, uint8 [B]; adds the seconds of a refresh to `refresh_seconds`.
+  at::Tensor operator()(const Group& x, double& refresh_seconds) const {
+    const at::Tensor& grad = x.grads.front();
+    if (grad.numel() == 0) return all(x, Outcome::stepped);
+    const at::Tensor projected = stack_like_moments(x, compute_dtype(grad));
+    at::Tensor outcomes;
+    if (x.coefficients.empty()) {
+      outcomes = project(x, projected, refresh_seconds);
     } else {
-      outcome = project(x, projected, refresh_seconds);
+      for (size_t i = 0; i < x.coefficients.size(); ++i) {
+        projected.select(0, static_cast<int64_t>(i)).copy_(x.coefficients[i]);
+      }
+      outcomes = where(finite(projected), all(x, Outcome::refreshed), all(x, Outcome::skipped));
     }
-    if (outcome == Outcome::stepped || outcome == Outcome::refreshed) apply(x, projected);
-    if (outcome == Outcome::decayed) decay(x);
-    return outcome;
+    if (!known_to_be(true, outcomes.eq(code(Outcome::skipped)), asynchronous_)) apply(x, projected, outcomes);
+    return outcomes;
   }
 
  private:
-  // R = Q^T G, in a new subspace where one is due.
-  Outcome project(const Matrix& x, const at::Tensor& projected, double& refresh_seconds) const {
-    const bool known = has_basis(x);
-    if (x.refresh >= 0 || !known) {
+  // R = Q^T G, in new subspaces where those are due.
+  at::Tensor project(const Group& x, const at::Tensor& projected, double& refresh_seconds) const {
+    // Without a basis a matrix is refreshed at once, if that can be known.
+    const at::Tensor known = have_bases(x.bases);
+    const bool none_known = known_to_be(false, known, asynchronous_);
+    if (x.refresh || none_known) {
       const Stopwatch stopwatch(refresh_seconds);
       try {
-        return refresh(x, projected, known);
+        return refresh(x, projected, known, none_known);
       } catch (const c10::Error& error) {
-        if (!known || !out_of_memory(error)) throw;
+        if (none_known || !out_of_memory(error)) throw;
       } catch (const std::bad_alloc&) {
-        if (!known) throw;
+        if (none_known) throw;
       }
-      // No memory for a new subspace: the old one serves, and the refresh stays due.
+      // No memory for new subspaces: the old ones serve, and the refresh stays due.
     }
-    multiply_out(projected.mT(), x.grad.mT(), x.basis.to(projected.scalar_type()));
-    return finite(projected) ? Outcome::stepped : Outcome::skipped;
+    multiply_out(each(projected.mT()), transposed(x.grads), x.bases);
+    const at::Tensor moved = where(known, all(x, Outcome::stepped), all(x, Outcome::decayed));
+    return where(finite(projected), moved, all(x, Outcome::skipped));
   }
 
-  Outcome refresh(const Matrix& x, const at::Tensor& projected, bool known) const {
+  at::Tensor refresh(const Group& x, const at::Tensor& projected, const at::Tensor& known,
+                     bool none_known) const {
     const FixedRankOptions options{
-        .rank = x.basis.size(1),
+        .rank = x.bases.front().size(1),
         .oversampling = refresh_.oversampling,
         // Without a previous basis a warm start begins with a random one: half a power step.
-        .sketch = refresh_.sketch == Sketch::warm && !known ? Sketch::half_power : refresh_.sketch,
+        .sketch = refresh_.sketch == Sketch::warm && none_known ? Sketch::half_power : refresh_.sketch,
         .power = refresh_.power,
         // Kept moments are read in the new basis column by column, so columns need an order that lasts.
         .ordered = refresh_.moments == Moments::keep,
-        .key = {refresh_.seed, x.key, static_cast<uint32_t>(std::max<int64_t>(0, x.refresh))}};
-    const FixedRankResult found = fixed_rank_range_finder(x.grad, options, x.basis, projected);
-    const Status status = found.status;
-    const at::Tensor& basis = found.basis;
-    if (status == Status::zero) {
-      if (!known) return Outcome::decayed;
-      projected.zero_();
-      return Outcome::stepped;
+        .panel = Panel::automatic,
+        .asynchronous = asynchronous_};
+    const FixedRankResult found =
+        fixed_rank_range_finder(x.grads, options, x.keys, warm_starts(x, known, options), projected);
+    const at::Tensor zero = found.status.eq(static_cast<int64_t>(Status::zero));
+    const at::Tensor idle = where(known, all(x, Outcome::stepped), all(x, Outcome::decayed));
+    const at::Tensor otherwise = where(zero, idle, all(x, Outcome::skipped));
+    if (!found.basis.defined()) {
+      at::Tensor(projected).zero_();
+      return otherwise;
     }
-    if (status == Status::nonfinite || !finite(projected)) return Outcome::skipped;
-    if (known && refresh_.moments == Moments::keep) align_signs_(basis, projected, x.basis);
-    if (known && refresh_.moments == Moments::rotate && x.step > 0) {
-      const at::Tensor s = basis.mT().matmul(x.basis.to(basis.scalar_type()));
-      const at::Tensor mean = loaded(x.exp_avg, MomentKind::exp_avg, s.scalar_type());
-      const at::Tensor square = loaded(x.exp_avg_sq, MomentKind::exp_avg_sq, s.scalar_type());
-      rotate_moments_out(mean, square, mean, square, s, 1 - std::pow(adamw_.beta1, x.step),
-                         1 - std::pow(adamw_.beta2, x.step));
-      store(x.exp_avg, mean, MomentKind::exp_avg);
-      store(x.exp_avg_sq, square, MomentKind::exp_avg_sq);
+    const at::Tensor ok =
+        at::logical_and(found.status.eq(static_cast<int64_t>(Status::converged)), finite(projected));
+    if (!known_to_be(true, ok, asynchronous_)) {
+      at::Tensor(projected).masked_fill_(ok.logical_not().view({-1, 1, 1}), 0);
     }
-    x.basis.copy_(basis);
-    return Outcome::refreshed;
+    const at::Tensor outcomes = where(ok, all(x, Outcome::refreshed), otherwise);
+    if (known_to_be(false, ok, asynchronous_)) return outcomes;
+    if (!none_known && refresh_.moments == Moments::keep) {
+      align_signs_(found.basis, projected, stacked(x.bases));
+    }
+    // All that is allocated comes before what is written, here and in rotate.
+    at::Tensor bases = found.basis;
+    if (!known_to_be(true, ok, asynchronous_)) {
+      bases = at::where(ok.view({-1, 1, 1}), bases.to(x.bases.front().scalar_type()), at::stack(x.bases));
+    }
+    if (!none_known && refresh_.moments == Moments::rotate) {
+      rotate(x, found.basis, at::logical_and(ok, known));
+    }
+    at::_foreach_copy_(x.bases, each(bases));
+    return outcomes;
   }
 
-  // Moments, and one product into the weight: W <- beta W + alpha Q N.
-  void apply(const Matrix& x, const at::Tensor& projected) const {
-    const AdamWStep step = adamw_step(adamw_, x.step + 1);
-    kernels_for(x.grad).adam(projected, x.exp_avg, x.exp_avg_sq, step.element);
-    add_product_(x.weight, x.basis.to(projected.scalar_type()), projected, step.decay, step.alpha);
+  // The previous bases; where some have none yet and which is not to be known, Gaussian columns for those.
+  Matrices warm_starts(const Group& x, const at::Tensor& known, const FixedRankOptions& options) const {
+    if (options.sketch != Sketch::warm || known_to_be(true, known, asynchronous_)) return x.bases;
+    const at::Tensor previous = stacked(x.bases);
+    const at::Tensor omega = at::empty(previous.sizes(), previous.options());
+    for (int64_t i = 0; i < x.count(); ++i) {
+      kernels_for(omega).fill_sketch(omega.select(0, i), x.keys[static_cast<size_t>(i)], 0, 0);
+    }
+    return each(at::where(known.view({-1, 1, 1}), previous, omega));
   }
 
-  void decay(const Matrix& x) const {
-    if (adamw_.weight_decay == 0) return;
-    at::Tensor weight = x.weight;
-    weight.mul_(1 - adamw_.lr * adamw_.weight_decay);
+  // Moves the moments where `moving`, and where there have been steps to rotate.
+  void rotate(const Group& x, const at::Tensor& bases, const at::Tensor& moving) const {
+    const at::Tensor steps = at::stack(x.steps).view(-1).to(at::kDouble);
+    const at::Tensor active = at::logical_and(moving, steps.gt(0));
+    if (known_to_be(false, active, asynchronous_)) return;
+    const at::NoTF32Guard no_tf32;
+    const at::Tensor s = bases.mT().matmul(stacked(x.bases));
+    const at::Tensor corrections = at::stack(
+        {at::pow(adamw_.beta1, steps).neg_().add_(1), at::pow(adamw_.beta2, steps).neg_().add_(1)}, 1);
+    // A single moment of this dtype that is known to move is rotated where it lies.
+    const at::ScalarType dtype = s.scalar_type();
+    const bool in_place = x.count() == 1 && known_to_be(true, active, asynchronous_) &&
+                          x.exp_avgs.front().values.scalar_type() == dtype;
+    const auto loaded = [&](const StoredMoments& moments, MomentKind kind) {
+      if (in_place) return moments.front().values.unsqueeze(0);
+      const at::Tensor out = stack_like_moments(x, dtype);
+      kernels_for(out).load_moments(out, moments, kind);
+      return out;
+    };
+    const at::Tensor mean = loaded(x.exp_avgs, MomentKind::exp_avg);
+    const at::Tensor square = loaded(x.exp_avg_sqs, MomentKind::exp_avg_sq);
+    rotate_moments_out(mean, square, mean, square, s, corrections);
+    if (in_place) return;
+    const at::Tensor flags = active.to(at::kByte);
+    kernels_for(mean).store_moments(x.exp_avgs, mean, MomentKind::exp_avg, flags);
+    kernels_for(square).store_moments(x.exp_avg_sqs, square, MomentKind::exp_avg_sq, flags);
   }
 
-  static bool finite(const at::Tensor& projected) { return kernels_for(projected).all_finite(projected); }
+  // Moments, and one product into each weight: W <- decay W + Q N.
+  void apply(const Group& x, const at::Tensor& projected, const at::Tensor& outcomes) const {
+    const Kernels& kernels = kernels_for(projected);
+    const at::Tensor factors = at::empty({x.count(), 3}, projected.options().dtype(at::kDouble));
+    kernels.step_factors(factors, x.steps, lr_, outcomes, adamw_);
+    kernels.adam(projected, x.exp_avgs, x.exp_avg_sqs, factors, outcomes, adamw_);
+    if (kernels.products) {
+      const at::ScalarType dtype = x.weights.front().scalar_type();
+      const at::Tensor decay = lr_.mul(-adamw_.weight_decay).add_(1).to(projected.scalar_type());
+      if (kernels.products(x.weights, x.bases, each(projected.to(dtype)), decay, outcomes)) return;
+    }
+    for (int64_t i = 0; i < x.count(); ++i) {
+      const auto at = static_cast<size_t>(i);
+      const at::Tensor decay = factors.select(0, i).select(0, 2);
+      const at::Tensor& weight = x.weights[at];
+      const at::Tensor outcome = outcomes.select(0, i);
+      if (known_to_be(true, outcome.lt(code(Outcome::stepped)), asynchronous_)) {
+        if (decay.item<double>() != 1) at::Tensor(weight).mul_(decay);
+      } else {
+        add_product_(weight, x.bases[at].to(projected.scalar_type()), projected.select(0, i), decay);
+      }
+    }
+  }
 
+  static int64_t code(Outcome outcome) { return static_cast<int64_t>(outcome); }
+  static at::Tensor all(const Group& x, Outcome outcome) {
+    return at::full({x.count()}, code(outcome), x.weights.front().options().dtype(at::kByte));
+  }
+  static at::Tensor where(const at::Tensor& flags, const at::Tensor& yes, const at::Tensor& no) {
+    return at::where(flags, yes, no);
+  }
+  static at::Tensor finite(const at::Tensor& projected) {
+    const at::Tensor flags = at::empty({projected.size(0)}, projected.options().dtype(at::kByte));
+    kernels_for(projected).all_finite(flags, projected);
+    return flags.to(at::kBool);
+  }
+
+  const at::Tensor& lr_;
   const AdamWOptions& adamw_;
   const RefreshOptions& refresh_;
+  bool asynchronous_;
 };
 
-}  // namespace
-
-std::vector<Outcome> projected_adamw_(const std::vector<ProjectedParameter>& parameters,
-                                      const AdamWOptions& adamw, const RefreshOptions& refresh,
-                                      const at::Tensor& refresh_seconds) {
-  std::vector<Matrix> matrices;
-  std::vector<size_t> owner;
-  std::vector<double> costs;
+// Matrices of one kind in lists that may be stepped together; on a CPU each for itself.
+std::vector<Group> groups_of(const std::vector<ProjectedParameter>& parameters, uint64_t seed,
+                             bool asynchronous) {
+  constexpr int64_t kMostEntries = int64_t{1} << 26;  // of projected gradients together: what a step holds
+  std::vector<Group> groups;
+  std::vector<size_t> heads;  // the parameter that each group began with
+  const auto of_one_kind = [](const ProjectedParameter& p, const ProjectedParameter& q) {
+    const auto alike = [](const at::Tensor& a, const at::Tensor& b) {
+      const auto last = [](at::IntArrayRef x) { return x.slice(x.size() - 2); };
+      return a.device() == b.device() && a.scalar_type() == b.scalar_type() &&
+             last(a.sizes()) == last(b.sizes()) && last(a.strides()) == last(b.strides());
+    };
+    return p.side == q.side && (p.refresh >= 0) == (q.refresh >= 0) &&
+           p.coefficients.defined() == q.coefficients.defined() && alike(p.weight, q.weight) &&
+           alike(p.grad, q.grad) && alike(p.basis, q.basis) && alike(p.exp_avg.values, q.exp_avg.values) &&
+           alike(p.exp_avg_sq.values, q.exp_avg_sq.values) && p.step.scalar_type() == q.step.scalar_type();
+  };
   for (size_t i = 0; i < parameters.size(); ++i) {
     const ProjectedParameter& p = parameters[i];
     const int64_t count = p.weight.dim() == 3 ? p.weight.size(0) : 1;
     for (int64_t j = 0; j < count; ++j) {
-      matrices.push_back(matrix_of(p, j));
-      owner.push_back(i);
-      costs.push_back(static_cast<double>(p.basis.size(-1)) *
-                      static_cast<double>(matrices.back().grad.numel()) * (p.refresh >= 0 ? 2.5 : 1));
+      size_t g = groups.size();
+      for (size_t k = 0; asynchronous && k < groups.size(); ++k) {
+        const int64_t entries = (groups[k].count() + 1) * p.exp_avg.values.numel() / count;
+        if (of_one_kind(parameters[heads[k]], p) && entries <= kMostEntries) g = k;
+      }
+      if (g == groups.size()) {
+        groups.emplace_back();
+        heads.push_back(i);
+      }
+      add_matrix(groups[g], p, i, j, seed);
     }
   }
+  return groups;
+}
 
-  const Step step(adamw, refresh);
-  std::vector<Outcome> outcomes(matrices.size(), Outcome::skipped);
-  std::vector<double> seconds(matrices.size(), 0.0);
-  std::vector<std::exception_ptr> errors(matrices.size());
-  for_each_in_parallel(costs, [&](int64_t i, int64_t abreast) {
+}  // namespace
+
+at::Tensor projected_adamw_(const std::vector<ProjectedParameter>& parameters, const at::Tensor& lr,
+                            const AdamWOptions& adamw, const RefreshOptions& refresh,
+                            const at::Tensor& refresh_seconds, std::optional<bool> asynchronous) {
+  const auto byte = at::TensorOptions().dtype(at::kByte);
+  if (parameters.empty()) return at::empty({0}, byte);
+  const at::Tensor& first = parameters.front().weight;
+  const bool waitless = asynchronous.value_or(!first.is_cpu());
+  const std::vector<Group> groups = groups_of(parameters, refresh.seed, waitless);
+  std::vector<double> costs;
+  for (const Group& x : groups) {
+    costs.push_back(static_cast<double>(x.bases.front().size(1)) *
+                    static_cast<double>(x.grads.front().numel()) * (x.refresh ? 2.5 : 1));
+  }
+
+  const at::Tensor rate = rate_on_device(lr, first);
+  const Step step(rate, adamw, refresh, waitless);
+  std::vector<at::Tensor> outcomes(groups.size());
+  std::vector<double> seconds(groups.size(), 0.0);
+  std::vector<std::exception_ptr> errors(groups.size());
+  const auto take = [&](int64_t i, int64_t abreast) {
     const auto k = static_cast<size_t>(i);
     try {
-      outcomes[k] = step(matrices[k], seconds[k]);
+      outcomes[k] = step(groups[k], seconds[k]);
     } catch (...) {
       errors[k] = std::current_exception();  // told once the clocks of all others have moved
+      outcomes[k] = at::zeros({groups[k].count()}, first.options().dtype(at::kByte));
     }
     seconds[k] /= static_cast<double>(abreast);
-  });
+  };
+  if (waitless) {
+    for (size_t k = 0; k < groups.size(); ++k) take(static_cast<int64_t>(k), 1);
+  } else {
+    for_each_in_parallel(costs, take);
+  }
 
   // A stack keeps one clock: it has refreshed or stepped if any of its matrices has.
-  const auto rank = [](Outcome o) {
-    return o == Outcome::refreshed ? 3 : o == Outcome::stepped ? 2 : o == Outcome::decayed ? 1 : 0;
-  };
-  std::vector<Outcome> result(parameters.size(), Outcome::skipped);
-  for (size_t i = 0; i < matrices.size(); ++i) {
-    if (rank(outcomes[i]) > rank(result[owner[i]])) result[owner[i]] = outcomes[i];
-    if (refresh_seconds.defined()) refresh_seconds.mutable_data_ptr<double>()[owner[i]] += seconds[i];
-  }
-  for (size_t i = 0; i < parameters.size(); ++i) {
-    if (result[i] == Outcome::stepped || result[i] == Outcome::refreshed) {
-      at::Tensor count = parameters[i].step;
-      count.add_(1);
+  std::vector<at::Tensor> of_parameter(parameters.size());
+  for (size_t k = 0; k < groups.size(); ++k) {
+    const Matrices one_each = each(outcomes[k]);
+    for (size_t i = 0; i < one_each.size(); ++i) {
+      at::Tensor& known = of_parameter[groups[k].owners[i]];
+      known = known.defined() ? at::maximum(known, one_each[i]) : one_each[i];
+    }
+    if (refresh_seconds.defined() && !waitless) {
+      refresh_seconds.mutable_data_ptr<double>()[groups[k].owners.front()] += seconds[k];
     }
   }
+  for (at::Tensor& outcome : of_parameter) {  // of an empty stack
+    if (!outcome.defined()) outcome = at::zeros({}, first.options().dtype(at::kByte));
+  }
+  const at::Tensor result = at::stack(of_parameter);
+  std::vector<at::Tensor> steps;
+  for (const ProjectedParameter& p : parameters) steps.push_back(p.step.view(at::IntArrayRef{}));
+  const at::Tensor moved = result.ge(static_cast<int64_t>(Outcome::stepped)).to(steps.front().scalar_type());
+  at::_foreach_add_(steps, each(moved));
   for (const std::exception_ptr& error : errors) {
     if (error) std::rethrow_exception(error);
   }

@@ -4,6 +4,7 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <optional>
 #include <vector>
 
 #include "optimizer/adamw.h"
@@ -27,29 +28,29 @@ struct ProjectedParameter {
   at::Tensor weight, grad;
   StoredMoment exp_avg, exp_avg_sq;  // right: m x r; left: r x n; each matrix of a stack coded for itself
   at::Tensor basis;                  // right: n x r; left: m x r; all zeros: none yet
-  at::Tensor step;                   // fp32 or fp64 scalar on the CPU
+  at::Tensor step;                   // fp32 or fp64 scalar on the device of the weight
   Side side;
   int64_t key;              // matrix id of the first of the stack, for the test matrix
   int64_t refresh;          // which refresh is due, counted from 0; -1: none
   at::Tensor coefficients;  // the projected gradient where a refresh made elsewhere has it; else undefined
 };
 
-// What became of a parameter, as uint8 in Python.
-enum class Outcome : uint8_t {
-  skipped = 0,    // a non-finite gradient: nothing written
-  stepped = 1,    //
-  refreshed = 2,  // stepped, in a new subspace
-  decayed = 3,    // zero gradient and no subspace yet: weight decay alone, not counted as a step
-};
-
-// Every matrix is one piece of work for one thread (parallel.h).  Beside the projected gradient of
-// each matrix in flight nothing of its long side is allocated, but for the test matrix and the
-// panels of a refresh.  Nothing of a matrix is written before its projected gradient is known to be finite.
+// On a CPU every matrix is one piece of work for one thread (parallel.h).  Elsewhere matrices of one shape
+// are stepped together, in few launches, and nobody waits for the device: what is to become of a matrix is
+// decided there.  `asynchronous` says which; by default it goes by the device.
+//
+// Beside the projected gradient of each matrix in flight nothing of its long side is allocated, but for the
+// test matrix, the panels and the moments of a refresh.  Nothing of a matrix is written before its projected
+// gradient is known to be finite.
 //
 // Where refresh_seconds is defined (fp64, one number a parameter, on the CPU), the wall-clock time of each
-// parameter's refresh is added to it; that of k matrices abreast counts for 1/k each.
-std::vector<Outcome> projected_adamw_(const std::vector<ProjectedParameter>& parameters,
-                                      const AdamWOptions& adamw, const RefreshOptions& refresh,
-                                      const at::Tensor& refresh_seconds = {});
+// parameter's refresh is added to it; that of k matrices abreast counts for 1/k each.  Asynchronous, nobody
+// knows: nothing is added.
+//
+// Returns an Outcome a parameter, uint8 on the device of the weights.
+at::Tensor projected_adamw_(const std::vector<ProjectedParameter>& parameters, const at::Tensor& lr,
+                            const AdamWOptions& adamw, const RefreshOptions& refresh,
+                            const at::Tensor& refresh_seconds = {},
+                            std::optional<bool> asynchronous = std::nullopt);
 
 }  // namespace galore_rrf

@@ -1,5 +1,7 @@
 #include "optimizer/rotate.h"
 
+#include <ATen/Context.h>
+#include <ATen/ops/bmm.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/mm.h>
 
@@ -8,35 +10,48 @@
 #include "kernels.h"
 
 namespace galore_rrf {
+namespace {
+
+// mm of a single one: bmm on a CPU copies what is not in order.
+void multiply_stacks_out(at::Tensor out, const at::Tensor& a, const at::Tensor& b) {
+  if (a.size(0) == 1) {
+    at::Tensor single = out.select(0, 0);
+    at::mm_out(single, a.select(0, 0), b.select(0, 0));
+  } else {
+    at::bmm_out(out, a, b);
+  }
+}
+
+}  // namespace
 
 void rotate_moments_out(const at::Tensor& out_exp_avg, const at::Tensor& out_exp_avg_sq,
                         const at::Tensor& exp_avg, const at::Tensor& exp_avg_sq, const at::Tensor& s,
-                        double bias_correction1, double bias_correction2) {
-  constexpr int64_t kTile = 256;
-  const int64_t old_rank = exp_avg.size(0), new_rank = s.size(0), length = exp_avg.size(1);
+                        const at::Tensor& corrections) {
+  const int64_t most_columns = s.is_cpu() ? 256 : 1 << 12;  // of a tile: in the cache, or in few launches
+  const int64_t count = s.size(0), new_rank = s.size(1), old_rank = s.size(2), length = exp_avg.size(2);
+  const at::NoTF32Guard no_tf32;
   const Kernels& kernels = kernels_for(exp_avg);
   const at::Tensor s_squared = s.square();
   // Right projections store l x r and arrive transposed: the buffers follow suit.
-  const bool transposed = out_exp_avg.stride(0) == 1;
+  const bool transposed = out_exp_avg.stride(1) == 1;
   const auto buffer = [&](int64_t rank, int64_t width) {
-    return transposed ? at::empty({width, rank}, s.options()).mT() : at::empty({rank, width}, s.options());
+    return transposed ? at::empty({count, width, rank}, s.options()).mT()
+                      : at::empty({count, rank, width}, s.options());
   };
   // All that is allocated, before anything is written.
-  const int64_t most = std::min(kTile, length);
+  const int64_t most = std::min(most_columns, length);
   const at::Tensor means = buffer(old_rank, most), variances = buffer(old_rank, most);
   const at::Tensor new_means = buffer(new_rank, most), new_variances = buffer(new_rank, most);
-  for (int64_t start = 0; start < length; start += kTile) {
-    const int64_t width = std::min(kTile, length - start);
-    const auto tile = [&](const at::Tensor& t) { return t.narrow(1, start, width); };
-    const auto part = [&](const at::Tensor& t) { return t.narrow(1, 0, width); };
+  for (int64_t start = 0; start < length; start += most_columns) {
+    const int64_t width = std::min(most_columns, length - start);
+    const auto tile = [&](const at::Tensor& t) { return t.narrow(2, start, width); };
+    const auto part = [&](const at::Tensor& t) { return t.narrow(2, 0, width); };
     const at::Tensor mean = part(means), variance = part(variances);
-    at::Tensor new_mean = part(new_means), new_variance = part(new_variances);
-    kernels.moments_to_variance(mean, variance, tile(exp_avg), tile(exp_avg_sq), bias_correction1,
-                                bias_correction2);
-    at::mm_out(new_mean, s, mean);
-    at::mm_out(new_variance, s_squared, variance);
-    kernels.variance_to_moments(tile(out_exp_avg), tile(out_exp_avg_sq), new_mean, new_variance,
-                                bias_correction1, bias_correction2);
+    const at::Tensor new_mean = part(new_means), new_variance = part(new_variances);
+    kernels.moments_to_variance(mean, variance, tile(exp_avg), tile(exp_avg_sq), corrections);
+    multiply_stacks_out(new_mean, s, mean);
+    multiply_stacks_out(new_variance, s_squared, variance);
+    kernels.variance_to_moments(tile(out_exp_avg), tile(out_exp_avg_sq), new_mean, new_variance, corrections);
   }
 }
 

@@ -44,7 +44,8 @@ Reconstruction householder_reconstruction(const at::Tensor& q) {
 
 ReflectedPanel panel_qr(const at::Tensor& panel, Panel method) {
   const int64_t width = std::min(panel.size(0), panel.size(1));
-  if (method != Panel::householder && width == panel.size(1)) {
+  const bool by_reflectors = method == Panel::householder || method == Panel::automatic;
+  if (!by_reflectors && width == panel.size(1)) {
     const auto explicit_qr = method == Panel::cholesky_qr ? cholesky_qr(panel) : gram_schmidt_qr(panel);
     if (explicit_qr) {
       const auto [h, signs] = householder_reconstruction(explicit_qr->q);

@@ -2,6 +2,7 @@
 
 #include <ATen/ops/cat.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/full.h>
 #include <c10/util/Exception.h>
 
 #include <algorithm>
@@ -11,92 +12,139 @@
 #include "kernels.h"
 #include "range_finder/energy_order.h"
 #include "range_finder/orthonormal.h"
-#include "range_finder/product.h"
 #include "range_finder/residual.h"
 #include "range_finder/scaling.h"
-#include "range_finder/sketch.h"
 
 namespace galore_rrf {
 namespace {
 
+constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
+
 class Sketcher {
  public:
-  Sketcher(const at::Tensor& a, const FixedRankOptions& options, const at::Tensor& warm, int64_t width)
-      : a_(a), options_(options), warm_(warm), width_(width) {}
+  Sketcher(const Matrices& a, const FixedRankOptions& options, const std::vector<SketchKey>& keys,
+           const Matrices& warm, int64_t width)
+      : a_(a), a_transposed_(transposed(a)), options_(options), keys_(keys), warm_(warm), width_(width) {}
 
-  // Y (m x width), whose columns span nearly the range of 2^-exponent a.
-  at::Tensor operator()(Sketch sketch, int exponent) const {
+  // Y (B x m x width), whose columns span nearly the ranges of 2^-exponents a.
+  at::Tensor operator()(Sketch sketch, const at::Tensor& exponents) const {
     if (sketch == Sketch::half_power || sketch == Sketch::warm) {
-      return multiply(a_, inner_basis_(multiply(a_.mT(), left_test_matrix(sketch), exponent)), exponent);
+      return multiply(a_, inner(multiply(a_transposed_, left_test_matrices(sketch), exponents)), exponents);
     }
-    at::Tensor y = multiply(a_, test_matrix(a_, a_.size(1), width_, options_.key), exponent);
+    at::Tensor y = multiply(a_, test_matrices(a_.front().size(1), width_), exponents);
     if (sketch == Sketch::power) {
       for (int64_t i = 0; i < options_.power; ++i) {
-        y = multiply(a_, inner_basis_(multiply(a_.mT(), inner_basis_(y), exponent)), exponent);
+        y = multiply(a_, inner(multiply(a_transposed_, inner(y), exponents)), exponents);
       }
     }
     return y;
   }
 
  private:
-  // The previous basis, with Gaussian columns where it is narrower than the sketch; or those alone.
-  at::Tensor left_test_matrix(Sketch sketch) const {
-    if (sketch != Sketch::warm) return test_matrix(a_, a_.size(0), width_, options_.key);
-    const int64_t known = std::min(warm_.size(1), width_);
-    const at::Tensor previous = warm_.narrow(1, 0, known).to(compute_dtype(a_));
-    if (known == width_) return previous;
-    return at::cat({previous, test_matrix(a_, a_.size(0), width_ - known, options_.key, known)}, 1);
+  at::Tensor inner(const at::Tensor& panels) const { return inner_bases_(panels, options_.asynchronous); }
+
+  at::Tensor test_matrices(int64_t rows, int64_t cols, int64_t first = 0) const {
+    const at::Tensor& like = a_.front();
+    const at::Tensor omega =
+        at::empty({static_cast<int64_t>(a_.size()), rows, cols}, like.options().dtype(compute_dtype(like)));
+    for (size_t i = 0; i < a_.size(); ++i) {
+      kernels_for(omega).fill_sketch(omega.select(0, static_cast<int64_t>(i)), keys_[i], 0, first);
+    }
+    return omega;
   }
 
-  const at::Tensor& a_;
+  // The previous bases, with Gaussian columns where they are narrower than the sketch; or those alone.
+  at::Tensor left_test_matrices(Sketch sketch) const {
+    const int64_t rows = a_.front().size(0);
+    if (sketch != Sketch::warm) return test_matrices(rows, width_);
+    const int64_t known = std::min(warm_.front().size(1), width_);
+    const at::Tensor previous = stacked(warm_).narrow(2, 0, known);
+    if (known == width_) return previous;
+    return at::cat({previous, test_matrices(rows, width_ - known, known)}, 2);
+  }
+
+  const Matrices& a_;
+  const Matrices a_transposed_;
   const FixedRankOptions& options_;
-  const at::Tensor& warm_;
+  const std::vector<SketchKey>& keys_;
+  const Matrices& warm_;
   int64_t width_;
 };
 
+bool all_safe(const at::Tensor& sketches) {
+  for (const at::Tensor& y : each(sketches)) {
+    if (!is_safe(kernels_for(y).squared_norm(y), y.scalar_type())) return false;
+  }
+  return true;
+}
+
+// The `rank` directions of most energy of Q, which is wider or in no order, and Q^T a of them.
+at::Tensor ordered(const Matrices& a, const at::Tensor& q, int64_t rank, const at::Tensor& exponents,
+                   const at::Tensor& coefficients) {
+  const at::Tensor wide = multiply(transposed(a), q, exponents).mT();
+  const at::Tensor result = at::empty({q.size(0), rank, q.size(1)}, q.options()).mT();
+  for (int64_t i = 0; i < q.size(0); ++i) {
+    const at::Tensor rotation = energy_order(wide.select(0, i)).rotation.narrow(1, 0, rank);
+    result.select(0, i).copy_(q.select(0, i).matmul(rotation));
+    if (coefficients.defined()) coefficients.select(0, i).copy_(rotation.mT().matmul(wide.select(0, i)));
+  }
+  return result;
+}
+
 }  // namespace
 
-FixedRankResult fixed_rank_range_finder(const at::Tensor& a, const FixedRankOptions& options,
-                                        const at::Tensor& warm, const at::Tensor& coefficients) {
-  const Kernels& kernels = kernels_for(a);
-  const int64_t width = std::min(options.rank + options.oversampling, std::min(a.size(0), a.size(1)));
+FixedRankResult fixed_rank_range_finder(const Matrices& a, const FixedRankOptions& options,
+                                        const std::vector<SketchKey>& keys, const Matrices& warm,
+                                        const at::Tensor& coefficients) {
+  const at::Tensor& first = a.front();
+  const int64_t least = std::min(first.size(0), first.size(1));
+  const int64_t width = std::min(options.rank + options.oversampling, least);
   TORCH_CHECK_VALUE(width >= options.rank, "Invalid rank: ", options.rank, " (must be from 1 to ", width,
-                    ", the smaller side of a ", a.size(0), " x ", a.size(1), " matrix)");
-  const auto safe = [&](const at::Tensor& sketch) {
-    return is_safe(kernels.squared_norm(sketch), compute_dtype(a));
-  };
+                    ", the smaller side of a ", first.size(0), " x ", first.size(1), " matrix)");
 
-  const Sketcher sketcher(a, options, warm, width);
-  int exponent = 0;
-  at::Tensor y = sketcher(options.sketch, exponent);
-  if (!safe(y)) {
-    const ScaledMatrix matrix = scaled(a);
-    if (std::isnan(matrix.squared_norm)) return {Status::nonfinite, {}, matrix.squared_norm};
-    if (matrix.squared_norm == 0) return {Status::zero, {}, 0};
-    exponent = matrix.exponent;
-    y = sketcher(options.sketch, exponent);
-    if (options.sketch == Sketch::warm && !safe(y)) {
-      y = sketcher(Sketch::half_power, exponent);  // the previous basis is orthogonal to all of a
+  const Sketcher sketcher(a, options, keys, warm, width);
+  const auto count = static_cast<int64_t>(a.size());
+  Scaling scaling{
+      {}, at::full({count}, static_cast<int64_t>(Status::converged), first.options().dtype(at::kByte))};
+  if (options.asynchronous) scaling = scaling_of(a);
+  at::Tensor y = sketcher(options.sketch, scaling.exponents);
+  if (!options.asynchronous && !all_safe(y)) {
+    scaling = scaling_of(a);
+    const bool any = scaling.status.eq(static_cast<int64_t>(Status::converged)).any().item<bool>();
+    if (!any) return {{}, scaling.status, std::vector<double>(a.size(), kNaN)};
+    y = sketcher(options.sketch, scaling.exponents);
+    if (options.sketch == Sketch::warm && !all_safe(y)) {
+      y = sketcher(Sketch::half_power, scaling.exponents);  // the previous basis is orthogonal to all of a
     }
   }
 
-  at::Tensor q = orthonormal_panel(y, options.panel).q;
+  at::Tensor q = orthonormal_bases_(y, options.panel, options.asynchronous);
   y.reset();
-  at::Tensor b = coefficients;
-  if (width == options.rank && !options.ordered) {
-    if (b.defined()) multiply_out(b.mT(), a.mT(), q, exponent);
-  } else {
-    at::Tensor wide = b;
-    if (!b.defined() || width != options.rank) wide = at::empty({a.size(1), width}, q.options()).mT();
-    multiply_out(wide.mT(), a.mT(), q, exponent);
-    const at::Tensor rotation = energy_order(wide).rotation.narrow(1, 0, options.rank);
-    q = q.matmul(rotation);
-    if (b.defined()) b.copy_(rotation.mT().matmul(wide));
+  const at::Tensor& b = coefficients;
+  if (width != options.rank || options.ordered) {
+    q = ordered(a, q, options.rank, scaling.exponents, b);
+  } else if (b.defined()) {
+    at::Tensor factor = q;
+    if (scaling.exponents.defined()) {
+      factor = q.clone();
+      kernels_for(q).scale_by_powers_(factor, scaling.exponents, -1);
+    }
+    multiply_out(each(b.mT()), transposed(a), each(factor));
   }
-  double residual = std::numeric_limits<double>::quiet_NaN();
-  if (options.measured) residual = relative_residual({a, exponent, squared_norm(a, exponent)}, q, b);
-  if (b.defined()) scale_by_power_(b, exponent);
-  return {Status::converged, q, residual};
+  FixedRankResult result{q, scaling.status, std::vector<double>(a.size(), kNaN)};
+  if (options.measured) {
+    const at::Tensor exponents = scaling.exponents.defined() ? scaling.exponents.cpu() : at::Tensor();
+    for (size_t i = 0; i < a.size(); ++i) {
+      const auto at = static_cast<int64_t>(i);
+      const int exponent = exponents.defined() ? exponents.const_data_ptr<int32_t>()[i] : 0;
+      const ScaledMatrix matrix{a[i], exponent, squared_norm(a[i], exponent)};
+      if (matrix.squared_norm > 0) {
+        result.residuals[i] = relative_residual(matrix, q.select(0, at), b.select(0, at));
+      }
+    }
+  }
+  if (b.defined() && scaling.exponents.defined()) kernels_for(b).scale_by_powers_(b, scaling.exponents, 1);
+  return result;
 }
 
 }  // namespace galore_rrf

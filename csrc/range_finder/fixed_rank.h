@@ -4,6 +4,9 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <vector>
+
+#include "range_finder/product.h"
 #include "range_finder/types.h"
 
 namespace galore_rrf {
@@ -15,20 +18,25 @@ struct FixedRankOptions {
   int64_t power = 1;     // full power steps of Sketch::power
   bool ordered = false;  // columns by descending energy; always so with oversampling
   Panel panel = Panel::householder;
-  bool measured = false;  // whether the residual is wanted, which needs the coefficients
-  SketchKey key{};
+  bool measured = false;  // whether the residuals are wanted, which needs the coefficients
+  // Nobody waits for the device: what depends on the entries is decided there.  Else a matrix is scaled only
+  // where its sketch asks for it, which on a CPU costs nothing to know.
+  bool asynchronous = false;
 };
 
 struct FixedRankResult {
-  Status status;     // converged, or zero or nonfinite: then there is no basis and nothing was written
-  at::Tensor basis;  // m x rank, in the compute dtype
-  double residual;   // ||a - Q B||_F / ||a||_F where measured, else NaN; 0 of a zero matrix
+  // B x m x rank, in the compute dtype; nothing in particular where the status is not converged, undefined
+  // where that is so of all and known.
+  at::Tensor basis;
+  at::Tensor status;              // uint8 [B]: converged, or zero or nonfinite
+  std::vector<double> residuals;  // ||a - Q B||_F / ||a||_F where measured, NaN where there is no basis
 };
 
-// Finds an orthonormal basis Q of nearly the range of `a` (m x n).  `warm`: the previous basis
-// (m x any), for Sketch::warm.  `coefficients` (rank x n, compute dtype, may be a transposed view):
-// receives Q^T a where defined.
-FixedRankResult fixed_rank_range_finder(const at::Tensor& a, const FixedRankOptions& options,
-                                        const at::Tensor& warm, const at::Tensor& coefficients);
+// Finds orthonormal bases Q of nearly the ranges of B matrices `a` (m x n each).  `warm`: the previous bases
+// (m x any), for Sketch::warm.  `coefficients` (B x rank x n, compute dtype, every matrix dense, perhaps
+// transposed): receives Q^T a where defined, and where the status is converged.
+FixedRankResult fixed_rank_range_finder(const Matrices& a, const FixedRankOptions& options,
+                                        const std::vector<SketchKey>& keys, const Matrices& warm,
+                                        const at::Tensor& coefficients);
 
 }  // namespace galore_rrf

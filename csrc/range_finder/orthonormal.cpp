@@ -1,12 +1,18 @@
 #include "range_finder/orthonormal.h"
 
+#include <ATen/Context.h>
+#include <ATen/Dispatch.h>
 #include <ATen/ops/arange.h>
+#include <ATen/ops/eye.h>
 #include <ATen/ops/geqrf.h>
 #include <ATen/ops/linalg_cholesky_ex.h>
 #include <ATen/ops/linalg_householder_product.h>
 #include <ATen/ops/linalg_lu_factor_ex.h>
 #include <ATen/ops/linalg_solve_triangular.h>
 #include <ATen/ops/linalg_vector_norm.h>
+#include <ATen/ops/logical_and.h>
+#include <ATen/ops/ones.h>
+#include <ATen/ops/where.h>
 #include <ATen/ops/zeros.h>
 
 #include <algorithm>
@@ -17,6 +23,9 @@
 namespace galore_rrf {
 namespace {
 
+// Shares of its squared length that a column keeps: condition numbers to about 10^7, then near 1.
+constexpr double kFirstLeast = 0x1p-46, kSecondLeast = 0.5;
+
 // R of the Cholesky factorisation R^T R of a^T a, in fp64; undefined where a column keeps less than the
 // share `least` of its squared length when those before it are taken out.
 at::Tensor cholesky_factor(const at::Tensor& a, double least) {
@@ -25,6 +34,21 @@ at::Tensor cholesky_factor(const at::Tensor& a, double least) {
   const at::Tensor squares = factor.diagonal().square().div_(products.diagonal());
   const bool definite = info.item<int>() == 0 && squares.min().item<double>() > least;  // false for NaN
   return definite ? factor : at::Tensor();
+}
+
+// The same of a stack, decided where it is: factors, the identity where they do not serve, and whether they
+// do.
+struct CholeskyFactors {
+  at::Tensor r, serves;
+};
+CholeskyFactors cholesky_factors(const at::Tensor& panels, double least) {
+  const at::Tensor products = gram(panels);
+  const auto [factors, info] = at::linalg_cholesky_ex(products, /*upper=*/true);
+  const auto diagonal = [](const at::Tensor& stack) { return stack.diagonal(0, 1, 2); };
+  const at::Tensor kept = diagonal(factors).square().div_(diagonal(products));
+  const at::Tensor serves = at::logical_and(info.eq(0), kept.amin(1).gt(least));  // false for NaN
+  const at::Tensor identity = at::eye(factors.size(1), factors.options());
+  return {at::where(serves.view({-1, 1, 1}), factors, identity), serves};
 }
 
 at::Tensor divided_by(const at::Tensor& panel, const at::Tensor& r) {
@@ -42,10 +66,10 @@ PanelQR householder_qr(const at::Tensor& panel) {
 
 std::optional<PanelQR> cholesky_qr(const at::Tensor& panel) {
   if (panel.size(0) < panel.size(1)) return std::nullopt;
-  const at::Tensor first = cholesky_factor(panel, 0x1p-46);  // condition numbers to about 10^7
+  const at::Tensor first = cholesky_factor(panel, kFirstLeast);
   if (!first.defined()) return std::nullopt;
   const at::Tensor nearly = divided_by(panel, first.to(panel.scalar_type()));
-  const at::Tensor second = cholesky_factor(nearly, 0.5);
+  const at::Tensor second = cholesky_factor(nearly, kSecondLeast);
   if (!second.defined()) return std::nullopt;
   return PanelQR{divided_by(nearly, second.to(panel.scalar_type())),
                  second.matmul(first).to(panel.scalar_type()), Panel::cholesky_qr};
@@ -84,19 +108,46 @@ PanelQR orthonormal_panel(const at::Tensor& panel, Panel method) {
 }
 
 at::Tensor gram(const at::Tensor& a) {
-  constexpr int64_t kTileRows = 256;
-  const int64_t width = a.size(1);
-  at::Tensor result = at::zeros({width, width}, a.options().dtype(at::kDouble));
-  for (int64_t start = 0; start < a.size(0); start += kTileRows) {
-    const at::Tensor tile = a.narrow(0, start, std::min(kTileRows, a.size(0) - start)).to(at::kDouble);
-    result.addmm_(tile.mT(), tile);
+  const int64_t most = a.is_cpu() ? 256 : 1 << 13;  // rows cast at a time
+  const int64_t rows = a.size(-2), width = a.size(-1);
+  const at::Tensor panels = a.dim() == 3 ? a : a.unsqueeze(0);
+  at::Tensor result = at::zeros({panels.size(0), width, width}, a.options().dtype(at::kDouble));
+  for (int64_t start = 0; start < rows; start += most) {
+    const at::Tensor tile = panels.narrow(1, start, std::min(most, rows - start)).to(at::kDouble);
+    result.baddbmm_(tile.mT(), tile);
   }
-  return result;
+  return a.dim() == 3 ? result : result.squeeze(0);
+}
+
+at::Tensor orthonormal_bases_(const at::Tensor& panels, Panel method, bool asynchronous) {
+  const Kernels& kernels = kernels_for(panels);
+  if (!asynchronous || method == Panel::gram_schmidt) {
+    if (panels.size(0) == 1) return orthonormal_panel(panels.select(0, 0), method).q.unsqueeze(0);
+    for (const at::Tensor& panel : panels.unbind(0)) panel.copy_(orthonormal_panel(panel, method).q);
+    return panels;
+  }
+  const at::NoTF32Guard no_tf32;
+  const at::Tensor all = at::ones({panels.size(0)}, panels.options().dtype(at::kByte));
+  if (method == Panel::householder || (method == Panel::automatic && !kernels.cholesky_qr_pays())) {
+    kernels.householder_(panels, all);
+    return panels;
+  }
+  // Twice, as above; where either factor does not serve, reflectors.
+  const CholeskyFactors first = cholesky_factors(panels, kFirstLeast);
+  const at::Tensor nearly = divided_by(panels, first.r.to(panels.scalar_type()));
+  const CholeskyFactors second = cholesky_factors(nearly, kSecondLeast);
+  const at::Tensor q = divided_by(nearly, second.r.to(panels.scalar_type()));
+  const at::Tensor failed = at::logical_and(first.serves, second.serves).logical_not_();
+  kernels.householder_(panels, failed.to(at::kByte));
+  return panels.copy_(at::where(failed.view({-1, 1, 1}), panels, q));
 }
 
 at::Tensor inner_basis_(const at::Tensor& panel) {
-  const auto [factors, pivots, info] = at::linalg_lu_factor_ex(panel);
   const int64_t width = std::min(panel.size(0), panel.size(1));
+  if (!panel.is_cpu()) {  // the host, which exchanges the rows, would have to wait
+    return orthonormal_bases_(panel.narrow(1, 0, width).unsqueeze(0), Panel::automatic, true).squeeze(0);
+  }
+  const auto [factors, pivots, info] = at::linalg_lu_factor_ex(panel);
   at::Tensor lower = factors.narrow(1, 0, width);
   lower.tril_(-1).diagonal().fill_(1);
   // Row i was exchanged with row pivots[i] - 1, in order; exchanged back from the last to the first.
@@ -106,8 +157,20 @@ at::Tensor inner_basis_(const at::Tensor& panel) {
   int64_t* source = order.mutable_data_ptr<int64_t>();
   for (int64_t i = width - 1; i >= 0; --i) std::swap(source[i], source[pivot[i] - 1]);
   at::Tensor result = panel.narrow(1, 0, width);
-  kernels_for(panel).gather_rows(result, lower, order);
+  AT_DISPATCH_FLOATING_TYPES(panel.scalar_type(), "inner_basis_", [&] {
+    for (int64_t j = 0; j < width; ++j) {
+      const scalar_t* from = lower.const_data_ptr<scalar_t>() + j * lower.stride(1);
+      scalar_t* to = result.mutable_data_ptr<scalar_t>() + j * result.stride(1);
+      for (int64_t i = 0; i < result.size(0); ++i) to[i] = from[source[i]];
+    }
+  });
   return result;
+}
+
+at::Tensor inner_bases_(const at::Tensor& panels, bool asynchronous) {
+  if (asynchronous) return orthonormal_bases_(panels, Panel::automatic, asynchronous);
+  for (const at::Tensor& panel : panels.unbind(0)) inner_basis_(panel);
+  return panels;
 }
 
 }  // namespace galore_rrf

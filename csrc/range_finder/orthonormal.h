@@ -31,15 +31,22 @@ std::optional<PanelQR> gram_schmidt_qr(const at::Tensor& panel);
 // By the chosen method, by reflectors where that gives nothing.
 PanelQR orthonormal_panel(const at::Tensor& panel, Panel method);
 
+// The same of stacks of panels (B x m x w, m >= w, each column-major), q alone; the panels are overwritten.
+// asynchronous: nobody waits for the device, where Cholesky QR's fallback is decided too.
+at::Tensor orthonormal_bases_(const at::Tensor& panels, Panel method, bool asynchronous);
+
 // A well-conditioned basis of a panel's range, good enough to multiply by once more: P L of its LU
 // factorisation with partial pivoting, no entry over 1.  It serves where a power step needs its
 // factor orthogonalised only so that no direction drowns in the rounding of the largest, at a third
 // of the time of a Gram matrix in fp64, its Cholesky factor and a triangular solve; and it has full
 // rank whatever the rank of the panel, without a fallback.  Overwrites the panel, which
-// must be column-major, and returns it.
+// must be column-major, and returns it.  On CUDA an orthonormal basis instead.
 at::Tensor inner_basis_(const at::Tensor& panel);
 
-// a^T a in fp64, cast by tiles of rows.
+// The same of stacks; asynchronous: orthonormal, since pivots are exchanged by the host.
+at::Tensor inner_bases_(const at::Tensor& panels, bool asynchronous);
+
+// a^T a in fp64, cast by tiles of rows; of a matrix or a stack.
 at::Tensor gram(const at::Tensor& a);
 
 }  // namespace galore_rrf

@@ -3,7 +3,9 @@
 #include <ATen/ops/addmm.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/mm.h>
+#include <ATen/ops/stack.h>
 
+#include "kernels.h"
 #include "range_finder/tiles.h"
 
 namespace galore_rrf {
@@ -53,19 +55,53 @@ at::Tensor multiply(const at::Tensor& a, const at::Tensor& b, int exponent) {
   return out;
 }
 
-void add_product_(const at::Tensor& w, const at::Tensor& x, const at::Tensor& y, double beta, double alpha) {
+void add_product_(const at::Tensor& w, const at::Tensor& x, const at::Tensor& y, const at::Tensor& beta) {
   if (w.numel() == 0) return;
-  if (blas_reads(w)) {
-    at::Tensor target = w;
-    target.addmm_(x, y, beta, alpha);
-    return;
-  }
+  const auto add = [&](at::Tensor target, const at::Tensor& rows, const at::Tensor& cols) {
+    if (beta.is_cpu()) {
+      target.addmm_(rows, cols, beta.item());
+    } else {
+      target.mul_(beta).addmm_(rows, cols);
+    }
+  };
+  if (blas_reads(w)) return add(w, x, y);
   const int64_t dim = outer_dim(w);
   for_each_tile(w, dim, 0, [&](int64_t start, int64_t width, at::Tensor& tile) {
-    tile.addmm_(dim == 0 ? x.narrow(0, start, width) : x, dim == 0 ? y : y.narrow(1, start, width), beta,
-                alpha);
+    add(tile, dim == 0 ? x.narrow(0, start, width) : x, dim == 0 ? y : y.narrow(1, start, width));
     w.narrow(dim, start, width).copy_(tile);
   });
+}
+
+Matrices each(const at::Tensor& stack) { return stack.unbind(0); }
+
+Matrices transposed(Matrices matrices) {
+  for (at::Tensor& matrix : matrices) matrix = matrix.mT();
+  return matrices;
+}
+
+at::Tensor stacked(const Matrices& matrices) {
+  const at::Tensor stack = matrices.size() == 1 ? matrices.front().unsqueeze(0) : at::stack(matrices);
+  return stack.to(compute_dtype(stack));
+}
+
+void multiply_out(const Matrices& out, const Matrices& a, const Matrices& b) {
+  const auto products = kernels_for(a.front()).products;
+  if (products && products(out, a, b, /*beta=*/{}, /*outcomes=*/{})) return;
+  for (size_t i = 0; i < a.size(); ++i) multiply_out(out[i], a[i], b[i].to(compute_dtype(a[i])));
+}
+
+at::Tensor multiply(const Matrices& a, const at::Tensor& b, const at::Tensor& exponents) {
+  const Kernels& kernels = kernels_for(b);
+  at::Tensor factor = b;
+  if (exponents.defined()) {
+    factor = b.clone();
+    kernels.scale_by_powers_(factor, exponents, -1);
+  }
+  // Lists are multiplied in the dtype of the large operand, accumulated in the compute dtype.
+  if (kernels.products) factor = factor.to(a.front().scalar_type());
+  const at::Tensor out = at::empty({b.size(0), b.size(2), a.front().size(0)}, b.options()).mT();
+  multiply_out(each(out), a, each(factor));
+  return out;
 }
 
 }  // namespace galore_rrf

@@ -7,6 +7,8 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <vector>
+
 namespace galore_rrf {
 
 // fp64 for fp64, fp32 for all else: the dtype of everything that is computed.
@@ -19,7 +21,24 @@ void multiply_out(const at::Tensor& out, const at::Tensor& a, const at::Tensor& 
 // The same in column-major order, as LAPACK wants its panels.
 at::Tensor multiply(const at::Tensor& a, const at::Tensor& b, int exponent = 0);
 
-// w <- beta w + alpha x y, the large operand w (p x q) of any strides and dtype.
-void add_product_(const at::Tensor& w, const at::Tensor& x, const at::Tensor& y, double beta, double alpha);
+// w <- beta w + x y, the large operand w (p x q) of any strides and dtype; beta: a number, or a scalar on the
+// device of w, which then nobody waits for.
+void add_product_(const at::Tensor& w, const at::Tensor& x, const at::Tensor& y, const at::Tensor& beta);
+
+// A list of matrices of one shape, strides and dtype.
+using Matrices = std::vector<at::Tensor>;
+
+// Of a stack (B x p x q).
+Matrices each(const at::Tensor& stack);
+Matrices transposed(Matrices matrices);
+
+// The matrices as a stack in the compute dtype: a view of a single one that has it, else a row-major copy.
+at::Tensor stacked(const Matrices& matrices);
+
+// out[i] <- a[i] b[i], a the large operands.
+void multiply_out(const Matrices& out, const Matrices& a, const Matrices& b);
+
+// 2^-exponents[i] a[i] b[i] as a stack of column-major matrices; b a stack, exponents as in scaling.h.
+at::Tensor multiply(const Matrices& a, const at::Tensor& b, const at::Tensor& exponents);
 
 }  // namespace galore_rrf

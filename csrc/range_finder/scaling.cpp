@@ -1,15 +1,28 @@
 #include "range_finder/scaling.h"
 
+#include <ATen/ops/_foreach_norm.h>
+#include <ATen/ops/frexp.h>
+#include <ATen/ops/full_like.h>
 #include <ATen/ops/linalg_vector_norm.h>
+#include <ATen/ops/logical_or.h>
+#include <ATen/ops/stack.h>
 
 #include <algorithm>
 #include <cmath>
 #include <limits>
 
+#include "galore_rrf/types.h"
 #include "kernels.h"
 #include "range_finder/tiles.h"
 
 namespace galore_rrf {
+
+namespace {
+
+// Of a factor that neither overflows nor loses digits.
+int largest_exponent(at::ScalarType dtype) { return dtype == at::kDouble ? 900 : 100; }
+
+}  // namespace
 
 double largest_magnitude(const at::Tensor& a) {
   if (a.numel() == 0) return 0;
@@ -19,7 +32,7 @@ double largest_magnitude(const at::Tensor& a) {
 int exponent_of(double magnitude) { return std::ilogb(magnitude); }
 
 int safe_exponent_of(double magnitude, at::ScalarType dtype) {
-  const int most = dtype == at::kDouble ? 900 : 100;
+  const int most = largest_exponent(dtype);
   return std::clamp(exponent_of(magnitude), -most, most);
 }
 
@@ -50,6 +63,22 @@ ScaledMatrix scaled(const at::Tensor& a) {
   if (largest == 0) return {a, 0, 0};
   const int exponent = safe_exponent_of(largest, compute_dtype(a));
   return {a, exponent, squared_norm(a, exponent)};
+}
+
+Scaling scaling_of(const std::vector<at::Tensor>& matrices) {
+  constexpr double kInfinity = std::numeric_limits<double>::infinity();
+  const at::Tensor largest = at::stack(at::_foreach_norm(matrices, kInfinity)).to(at::kDouble);
+  const at::Tensor finite = largest.isfinite(), zero = largest.eq(0);
+  const auto code = [](Status status) { return static_cast<int64_t>(status); };
+  const at::Tensor status =
+      at::full_like(largest, code(Status::converged), largest.options().dtype(at::kByte))
+          .masked_fill_(zero, code(Status::zero))
+          .masked_fill_(finite.logical_not(), code(Status::nonfinite));
+  // Products of fp16 entries stay far inside fp32, while a scaled factor would leave fp16.
+  const at::ScalarType dtype = matrices.front().scalar_type();
+  const int most = dtype == at::kHalf ? 0 : largest_exponent(compute_dtype(matrices.front()));
+  const at::Tensor exponents = std::get<1>(at::frexp(largest)).sub_(1).clamp_(-most, most);
+  return {exponents.masked_fill_(at::logical_or(zero, finite.logical_not()), 0), status};
 }
 
 void scale_by_power_(const at::Tensor& a, int exponent) {

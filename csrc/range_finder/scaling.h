@@ -3,6 +3,8 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <vector>
+
 namespace galore_rrf {
 
 // The largest magnitude in `a`; NaN or infinite where any entry is.
@@ -32,6 +34,14 @@ struct ScaledMatrix {
   double squared_norm;
 };
 ScaledMatrix scaled(const at::Tensor& a);
+
+// What a list of matrices must be multiplied with to be safe, and what there is to find in them, decided on
+// their device: nobody waits for it.
+struct Scaling {
+  at::Tensor exponents;  // int32 [B], of 2^-exponent; undefined: none is scaled
+  at::Tensor status;     // uint8 [B]: converged, or zero or nonfinite; undefined: all can be factored
+};
+Scaling scaling_of(const std::vector<at::Tensor>& matrices);
 
 // a <- 2^exponent a, exact while normal; in two steps, since one factor may itself overflow.
 void scale_by_power_(const at::Tensor& a, int exponent);

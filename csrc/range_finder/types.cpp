@@ -12,7 +12,8 @@ Sketch sketch_from_name(std::string_view name) {
 
 Panel panel_from_name(std::string_view name, const char* argument) {
   return choice_from_name<Panel>(argument, name,
-                                 {{"householder", Panel::householder},
+                                 {{"auto", Panel::automatic},
+                                  {"householder", Panel::householder},
                                   {"cholesky_qr", Panel::cholesky_qr},
                                   {"gram_schmidt", Panel::gram_schmidt}});
 }

@@ -16,8 +16,8 @@ namespace galore_rrf {
 
 enum class Sketch { plain, half_power, power, warm };
 
-// How the columns of a block are made orthonormal among themselves.
-enum class Panel { householder, cholesky_qr, gram_schmidt };
+// How the columns of a block are made orthonormal among themselves; automatic: as is fastest on the device.
+enum class Panel { automatic, householder, cholesky_qr, gram_schmidt };
 
 // How a block is made orthogonal to those before it.
 enum class Between { householder, gram_schmidt };
