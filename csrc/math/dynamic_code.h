@@ -3,10 +3,10 @@
 // 10^(k-6), is cut into 2^k (signed) or 2^(k+1) equal parts, of which a code is the middle; 0 and 1 besides.
 #pragma once
 
-#include <bit>
 #include <cstdint>
 #include <limits>
 
+#include "math/bits.h"
 #include "math/portable.h"
 
 namespace galore_rrf {
@@ -34,7 +34,7 @@ class DynamicCode {
           i + 1 < count ? 0.5f * (magnitude[i] + magnitude[i + 1]) : std::numeric_limits<float>::infinity();
     }
     for (int cell = 0, i = 0; cell < kCells; ++cell) {
-      const float least = std::bit_cast<float>(static_cast<uint32_t>(cell + kFirstCell) << 16);
+      const float least = float_of(static_cast<uint32_t>(cell + kFirstCell) << 16);
       while (least > boundary_[i]) ++i;
       start_[cell] = i;
     }
@@ -44,13 +44,13 @@ class DynamicCode {
 
   // The code nearest to x in [-1, 1], halfway the one nearer to 0; unsigned, 0 is for 0 alone.
   GALORE_RRF_HD uint8_t nearest(float x) const {
-    const uint32_t bits = std::bit_cast<uint32_t>(x), magnitude = bits & 0x7FFFFFFFu;
+    const uint32_t bits = bits_of(x), magnitude = bits & 0x7FFFFFFFu;
     int32_t cell = static_cast<int32_t>(magnitude >> 16) - kFirstCell;
     cell = cell < 0 ? 0 : cell;
     cell = cell < kCells ? cell : kCells - 1;
     // A cell is narrower than the distance of two codes: no more than one boundary lies in it.
     int32_t i = start_[cell];
-    i += std::bit_cast<float>(magnitude) > boundary_[i] ? 1 : 0;
+    i += float_of(magnitude) > boundary_[i] ? 1 : 0;
     const int32_t below_zero = 127 - (i < 127 ? i : 127);  // -1 is no code
     const int32_t signed_code = bits != magnitude ? below_zero : 127 + i;
     // A variance must not vanish beside a mean that does not: the step would be the mean over eps.

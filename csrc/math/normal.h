@@ -7,8 +7,8 @@
 
 #include <cmath>
 #include <cstdint>
-#include <cstring>
 
+#include "math/bits.h"
 #include "math/philox.h"
 #include "math/portable.h"
 
@@ -17,18 +17,6 @@ namespace galore_rrf {
 struct Pair {
   float first, second;
 };
-
-GALORE_RRF_HD uint32_t bits_of(float x) {
-  uint32_t bits;
-  memcpy(&bits, &x, sizeof bits);
-  return bits;
-}
-
-GALORE_RRF_HD float float_of(uint32_t bits) {
-  float x;
-  memcpy(&x, &bits, sizeof x);
-  return x;
-}
 
 // log(u) for normal u in (0, 1]: u = 2^k f with f in [sqrt(1/2), sqrt(2)), and
 // log(f) = t - t^2/2 + t^3 P(t), t = f - 1, P the minimax polynomial of degree 7.

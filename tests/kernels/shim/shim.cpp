@@ -8,16 +8,15 @@
 #include <cstdlib>
 #include <memory>
 #include <new>
+#include <span>
 #include <stdexcept>
 #include <string>
-#include <utility>
 #include <vector>
 
 #if defined(SHIM_TSAN)
 extern "C" {
 void* __tsan_get_current_fiber();
 void* __tsan_create_fiber(unsigned flags);
-void __tsan_destroy_fiber(void* fiber);
 void __tsan_switch_to_fiber(void* fiber, unsigned flags);
 void __tsan_acquire(void* address);
 void __tsan_release(void* address);
@@ -26,7 +25,6 @@ constexpr bool kTsan = true;
 #else
 static void* __tsan_get_current_fiber() { return nullptr; }
 static void* __tsan_create_fiber(unsigned) { return nullptr; }
-static void __tsan_destroy_fiber(void*) {}
 static void __tsan_switch_to_fiber(void*, unsigned) {}
 static void __tsan_acquire(void*) {}
 static void __tsan_release(void*) {}
@@ -69,12 +67,14 @@ struct Fiber {
 
 // Of the block that runs.
 dim3 grid_dim, block_dim, block_idx;
-std::vector<Fiber> fibers;
+std::vector<Fiber> all_fibers;
+std::span<Fiber> fibers;
 Fiber* running = nullptr;
 constinit std::vector<void*> slots;  // used before main
 void* dynamic = nullptr;
 const std::function<void()>* body = nullptr;
 Order turns = Order::ascending;
+size_t largest_launch = 0;
 std::string failure;
 
 // Of the thread that launches.
@@ -86,7 +86,6 @@ size_t host_stack_bytes = 0;
 // To ThreadSanitizer a thread that comes after all blocks so far, while the next block does not come after
 // it: it frees what they used.
 void* janitor = nullptr;
-std::vector<void*> ended;  // threads that it shall not take new ones for before the launch has ended
 
 // To ThreadSanitizer, f() is done by the thread `tsan`.
 template <class F>
@@ -146,7 +145,7 @@ void* filled(size_t bytes, size_t alignment) {
     std::memset(memory, 0xFF, bytes);
     __tsan_release(memory);
     for (Fiber& fiber : fibers) {
-      if (kTsan && fiber.tsan != nullptr) as(fiber.tsan, [&] { __tsan_acquire(memory); });
+      if (kTsan) as(fiber.tsan, [&] { __tsan_acquire(memory); });
     }
     return memory;
   });
@@ -249,8 +248,6 @@ std::string states() {
 
 void run_block() {
   for (Fiber& fiber : fibers) {
-    if (!fiber.stack) fiber.stack.reset(std::malloc(kStackBytes));
-    fiber.tsan = __tsan_create_fiber(0);
     fiber.state = State::ready;
     fiber.fake_stack = nullptr;
     getcontext(&fiber.context);
@@ -274,11 +271,7 @@ void run_block() {
     }
     std::free(dynamic);
     dynamic = nullptr;
-    for (Fiber& fiber : fibers) {
-      if (kTsan) fiber.stack.reset();  // else it would remember who wrote there
-    }
   });
-  for (Fiber& fiber : fibers) ended.push_back(std::exchange(fiber.tsan, nullptr));
 }
 
 }  // namespace
@@ -332,7 +325,12 @@ void* shared_memory(size_t slot, size_t bytes, size_t alignment) {
 
 void* dynamic_shared_memory() { return dynamic; }
 
-void take_turns(Order order) { turns = order; }
+void take_turns(Order order) {
+  turns = order;
+  largest_launch = 0;
+}
+
+size_t most_threads() { return largest_launch; }
 
 void run(dim3 grid, dim3 block, size_t dynamic_shared_bytes, const std::function<void()>& thread) {
   if (!failure.empty()) throw std::runtime_error(failure);
@@ -341,31 +339,41 @@ void run(dim3 grid, dim3 block, size_t dynamic_shared_bytes, const std::function
   if (grid.x == 0 || grid.y == 0 || grid.z == 0 || grid.y > 65535 || grid.z > 65535) {
     throw std::runtime_error("a grid has at least a block, and at most 65535 in y and z");
   }
-  if (kTsan && threads * grid.x * grid.y * grid.z > 7000) {
-    throw std::runtime_error("ThreadSanitizer has room for 7000 threads a launch");
-  }
   grid_dim = grid;
   block_dim = block;
   body = &thread;
   host_tsan = __tsan_get_current_fiber();
   if (janitor == nullptr) janitor = __tsan_create_fiber(0);
-  fibers.resize(threads);
-  for (size_t i = 0; i < threads; ++i) {
-    const unsigned t = static_cast<unsigned>(i);
-    fibers[i].index = {t % block.x, t / block.x % block.y, t / (block.x * block.y)};
+  const size_t all_blocks = size_t{grid.x} * grid.y * grid.z;
+  largest_launch = std::max(largest_launch, threads * all_blocks);
+  // ThreadSanitizer is to know the threads of all blocks apart.
+  const size_t blocks = kTsan ? all_blocks : 1;
+  if (kTsan && threads * blocks > 7000) throw std::runtime_error("ThreadSanitizer has room for 7000 threads");
+  __tsan_release(&all_fibers);
+  while (all_fibers.size() < threads * blocks) {
+    Fiber& fiber = all_fibers.emplace_back();
+    fiber.stack.reset(std::malloc(kStackBytes));
+    fiber.tsan = __tsan_create_fiber(0);
   }
+  fibers = std::span(all_fibers).first(threads * blocks);
+  for (size_t i = 0; i < fibers.size(); ++i) {
+    const unsigned t = static_cast<unsigned>(i % threads);
+    fibers[i].index = {t % block.x, t / block.x % block.y, t / (block.x * block.y)};
+    if (kTsan) as(fibers[i].tsan, [] { __tsan_acquire(&all_fibers); });
+  }
+  size_t first = 0;
   for (unsigned z = 0; z < grid.z; ++z) {
     for (unsigned y = 0; y < grid.y; ++y) {
       for (unsigned x = 0; x < grid.x; ++x) {
         block_idx = {x, y, z};
+        fibers = std::span(all_fibers).subspan(first, threads);
+        if (kTsan) first += threads;
         if (dynamic_shared_bytes != 0) dynamic = filled(dynamic_shared_bytes, 16);
         run_block();
       }
     }
   }
   __tsan_acquire(&janitor);
-  for (void* fiber : ended) __tsan_destroy_fiber(fiber);
-  ended.clear();
 }
 
 }  // namespace shim
