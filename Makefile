@@ -18,7 +18,7 @@ INSTALLED := build/installed.stamp
 CPP := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/cuda/*.cuh csrc/cuda/*.cu \
 	tests/cpp/*.h tests/cpp/*.cpp examples/cpp/*.cpp)
 
-.PHONY: help install test check pretrain bench lint format wheel clean
+.PHONY: help install test check pretrain bench gpu-build gpu-test gpu-bench lint format wheel clean
 
 help:  ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -47,6 +47,16 @@ format: $(REQUIREMENTS)  ## put C++ and Python into the form that lint wants
 	clang-format -i $(CPP)
 	ruff check --fix-only
 	ruff format
+
+# On a machine with a GPU, offline, with nothing in PYTHON but torch and pytest, and a CUDA toolkit.
+gpu-build:  ## on a GPU machine: build the extension in place with PYTHON's torch, for the GPU that is there
+	GALORE_RRF_CUDA=1 NVCC_APPEND_FLAGS=-lineinfo $(PYTHON) setup.py --quiet egg_info build_ext --inplace
+
+gpu-test:  ## then the tests on the GPU, plainly and under memcheck and racecheck
+	$(PYTHON) scripts/gpu_test.py
+
+gpu-bench:  ## and the benchmarks, with build/gpu_bench.json
+	$(PYTHON) -m benchmarks.gpu
 
 wheel: $(REQUIREMENTS)  ## build dist/*.whl for the torch of .venv
 	rm -rf build/lib*
