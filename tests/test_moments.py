@@ -263,7 +263,7 @@ def test_plain_step_opcheck(device):
         torch.library.opcheck(
             torch.ops.galore_rrf.adamw_.default,
             (state.params, state.grads(0), *lists, *scales, state.steps),
-            dict(PLAIN),
+            {**PLAIN, "lr": torch.tensor(PLAIN["lr"], dtype=torch.float64)},
         )
 
 

@@ -192,7 +192,7 @@ class Step {
     const at::Tensor outcomes = where(ok, all(x, Outcome::refreshed), otherwise);
     if (known_to_be(false, ok, asynchronous_)) return outcomes;
     if (!none_known && refresh_.moments == Moments::keep) {
-      align_signs_(found.basis, projected, stacked(x.bases));
+      align_signs_(found.basis, projected, stacked(x.bases, projected.scalar_type()));
     }
     // All that is allocated comes before what is written, here and in rotate.
     at::Tensor bases = found.basis;
@@ -209,7 +209,7 @@ class Step {
   // The previous bases; where some have none yet and which is not to be known, Gaussian columns for those.
   Matrices warm_starts(const Group& x, const at::Tensor& known, const FixedRankOptions& options) const {
     if (options.sketch != Sketch::warm || known_to_be(true, known, asynchronous_)) return x.bases;
-    const at::Tensor previous = stacked(x.bases);
+    const at::Tensor previous = stacked(x.bases, compute_dtype(x.grads.front()));
     const at::Tensor omega = at::empty(previous.sizes(), previous.options());
     for (int64_t i = 0; i < x.count(); ++i) {
       kernels_for(omega).fill_sketch(omega.select(0, i), x.keys[static_cast<size_t>(i)], 0, 0);
@@ -223,7 +223,7 @@ class Step {
     const at::Tensor active = at::logical_and(moving, steps.gt(0));
     if (known_to_be(false, active, asynchronous_)) return;
     const at::NoTF32Guard no_tf32;
-    const at::Tensor s = bases.mT().matmul(stacked(x.bases));
+    const at::Tensor s = bases.mT().matmul(stacked(x.bases, bases.scalar_type()));
     const at::Tensor corrections = at::stack(
         {at::pow(adamw_.beta1, steps).neg_().add_(1), at::pow(adamw_.beta2, steps).neg_().add_(1)}, 1);
     // A single moment of this dtype that is known to move is rotated where it lies.

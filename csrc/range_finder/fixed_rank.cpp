@@ -58,7 +58,7 @@ class Sketcher {
     const int64_t rows = a_.front().size(0);
     if (sketch != Sketch::warm) return test_matrices(rows, width_);
     const int64_t known = std::min(warm_.front().size(1), width_);
-    const at::Tensor previous = stacked(warm_).narrow(2, 0, known);
+    const at::Tensor previous = stacked(warm_, compute_dtype(a_.front())).narrow(2, 0, known);
     if (known == width_) return previous;
     return at::cat({previous, test_matrices(rows, width_ - known, known)}, 2);
   }
@@ -78,10 +78,13 @@ bool all_safe(const at::Tensor& sketches) {
   return true;
 }
 
-// The `rank` directions of most energy of Q, which is wider or in no order, and Q^T a of them.
-at::Tensor ordered(const Matrices& a, const at::Tensor& q, int64_t rank, const at::Tensor& exponents,
+// The `rank` directions of most energy of Q, which is wider or in no order, and Q^T a of them.  Eigenvalue
+// and singular value decompositions wait for the device, and refuse what is not finite.
+at::Tensor ordered(const Matrices& a, const at::Tensor& q, int64_t rank, const Scaling& scaling,
                    const at::Tensor& coefficients) {
-  const at::Tensor wide = multiply(transposed(a), q, exponents).mT();
+  const at::Tensor wide = multiply(transposed(a), q, scaling.exponents).mT();
+  const at::Tensor nothing = scaling.status.ne(static_cast<int64_t>(Status::converged));
+  if (nothing.any().item<bool>()) wide.masked_fill_(nothing.view({-1, 1, 1}), 0);
   const at::Tensor result = at::empty({q.size(0), rank, q.size(1)}, q.options()).mT();
   for (int64_t i = 0; i < q.size(0); ++i) {
     const at::Tensor rotation = energy_order(wide.select(0, i)).rotation.narrow(1, 0, rank);
@@ -122,7 +125,7 @@ FixedRankResult fixed_rank_range_finder(const Matrices& a, const FixedRankOption
   y.reset();
   const at::Tensor& b = coefficients;
   if (width != options.rank || options.ordered) {
-    q = ordered(a, q, options.rank, scaling.exponents, b);
+    q = ordered(a, q, options.rank, scaling, b);
   } else if (b.defined()) {
     at::Tensor factor = q;
     if (scaling.exponents.defined()) {

@@ -79,9 +79,9 @@ Matrices transposed(Matrices matrices) {
   return matrices;
 }
 
-at::Tensor stacked(const Matrices& matrices) {
+at::Tensor stacked(const Matrices& matrices, at::ScalarType dtype) {
   const at::Tensor stack = matrices.size() == 1 ? matrices.front().unsqueeze(0) : at::stack(matrices);
-  return stack.to(compute_dtype(stack));
+  return stack.to(dtype);
 }
 
 void multiply_out(const Matrices& out, const Matrices& a, const Matrices& b) {

@@ -32,8 +32,8 @@ using Matrices = std::vector<at::Tensor>;
 Matrices each(const at::Tensor& stack);
 Matrices transposed(Matrices matrices);
 
-// The matrices as a stack in the compute dtype: a view of a single one that has it, else a row-major copy.
-at::Tensor stacked(const Matrices& matrices);
+// The matrices as a stack in `dtype`: a view of a single one that has it, else a row-major copy.
+at::Tensor stacked(const Matrices& matrices, at::ScalarType dtype);
 
 // out[i] <- a[i] b[i], a the large operands.
 void multiply_out(const Matrices& out, const Matrices& a, const Matrices& b);

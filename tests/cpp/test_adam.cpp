@@ -3,23 +3,24 @@
 
 #include "math/adam.h"
 
-using galore_rrf::AdamElement;
+using namespace galore_rrf;
 
 namespace {
 
 constexpr double kBeta1 = 0.9, kBeta2 = 0.999, kEps = 1e-8;
 
-enum class Arithmetic { torch, galore_torch };
-
+// With a rate of -1, what is left of the step length is 1 / the first correction.
 template <class T>
-AdamElement<T> element_of(Arithmetic arithmetic, int step, double sign = 1) {
-  const bool torch = arithmetic == Arithmetic::torch;
-  return {static_cast<T>(sign),
-          static_cast<T>(1 - kBeta1),
-          static_cast<T>(kBeta2),
-          static_cast<T>(1 - kBeta2),
-          static_cast<T>(torch ? 1 / std::sqrt(1 - std::pow(kBeta2, step)) : 1),
-          static_cast<T>(kEps)};
+AdamElement<T> element_of(Arithmetic arithmetic, int step, bool maximize = false) {
+  const AdamWOptions options{.beta1 = kBeta1,
+                             .beta2 = kBeta2,
+                             .eps = kEps,
+                             .weight_decay = 0,
+                             .scale = 1,
+                             .maximize = maximize,
+                             .correct_bias = true,
+                             .arithmetic = arithmetic};
+  return {options, step_factors_of(options, /*lr=*/-1, step)};
 }
 
 double gradient(int step) { return std::sin(1.7 * step) * std::pow(10, step % 5 - 2); }
@@ -40,11 +41,11 @@ void check_steps(Arithmetic arithmetic, double epsilon) {
     CHECK(mean == Approx(m).epsilon(epsilon));
     CHECK(variance == Approx(v).epsilon(epsilon));
     if (arithmetic == Arithmetic::torch) {
-      // What is left to the step length is the first correction.
       const double expected = (m / correction1) / (std::sqrt(v / correction2) + kEps);
-      CHECK(direction / correction1 == Approx(expected).epsilon(epsilon));
+      CHECK(direction == Approx(expected).epsilon(epsilon));
     } else {
-      CHECK(direction == Approx(m / (std::sqrt(v) + kEps)).epsilon(epsilon));
+      const double expected = m / (std::sqrt(v) + kEps) * std::sqrt(correction2) / correction1;
+      CHECK(direction == Approx(expected).epsilon(epsilon));
     }
   }
 }
@@ -72,14 +73,14 @@ TEST_CASE("the two arithmetics differ where eps matters") {
   const double torch = element_of<double>(Arithmetic::torch, 1)(1e-8, mean, variance);
   mean = variance = 0;
   const double galore_torch = element_of<double>(Arithmetic::galore_torch, 1)(1e-8, mean, variance);
-  // 1e-9 / (1e-8 + 1e-8) and 1e-9 / (sqrt(1e-19) + 1e-8)
-  CHECK(torch == Approx(0.05));
-  CHECK(galore_torch == Approx(1e-9 / (std::sqrt(1e-19) + 1e-8)));
+  // 1e-8 / (1e-8 + 1e-8), and sqrt(1e-3) / 0.1 times 1e-9 / (sqrt(1e-19) + 1e-8)
+  CHECK(torch == Approx(0.5));
+  CHECK(galore_torch == Approx(std::sqrt(1e-3) / 0.1 * 1e-9 / (std::sqrt(1e-19) + 1e-8)));
 }
 
 TEST_CASE("maximizing negates the gradient and nothing else") {
   float mean = 0.25f, variance = 0.5f, other_mean = mean, other_variance = variance;
-  const float up = element_of<float>(Arithmetic::torch, 3, -1)(0.125f, mean, variance);
+  const float up = element_of<float>(Arithmetic::torch, 3, true)(0.125f, mean, variance);
   const float down = element_of<float>(Arithmetic::torch, 3)(-0.125f, other_mean, other_variance);
   CHECK(up == down);
   CHECK(mean == other_mean);

@@ -17,6 +17,7 @@ namespace {
 
 constexpr SketchKey kKey = {0x123456789ABCDEFu, 11, 7};
 constexpr float kSentinel = -77.0f;
+constexpr AdamWOptions kAdam = {0.9, 0.999, 1e-8, 0, 1, true, true, Arithmetic::torch};
 
 // Lengths on both sides of every vector width.
 constexpr int64_t kLengths[] = {1, 2, 3, 5, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65, 100, 257};
@@ -54,7 +55,7 @@ std::vector<float> strip_by_entries(int64_t stride, uint32_t block, uint32_t fir
 
 template <class T>
 void check_adam_range(const Level& level) {
-  const AdamElement<T> element = {T{-1}, T(0.1), T(0.999), T(0.001), T(3.5), T(1e-8)};
+  const AdamElement<T> element(kAdam, {3.5, -0.01, 1});
   for (const int64_t n : kLengths) {
     // One entry more than is asked for, which must stay as it is.
     auto gradient = normals<T>(n + 1, 0), mean = normals<T>(n + 1, 1), variance = normals<T>(n + 1, 2);
@@ -276,7 +277,7 @@ TEST_CASE("threads fill disjoint strips of one matrix as one thread does") {
 
 TEST_CASE("threads step disjoint ranges of one array as one thread does") {
   constexpr int64_t kEntries = 1003, kPiece = 101;
-  const AdamElement<float> element = {1, 0.1f, 0.999f, 0.001f, 2, 1e-8f};
+  const AdamElement<float> element(kAdam, {2, -0.01, 1});
   for (const Level& level : levels()) {
     const auto gradient = normals<float>(kEntries, 0);
     std::vector<float> serial[] = {gradient, gradient, gradient}, shared[] = {gradient, gradient, gradient};
