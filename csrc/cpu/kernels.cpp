@@ -14,6 +14,7 @@
 #include "cpu/sketch.h"
 #include "cpu/stored_moment.h"
 #include "math/compensated_sum.h"
+#include "math/power_of_two.h"
 
 namespace galore_rrf {
 namespace {
@@ -120,11 +121,8 @@ void scale_by_powers_(const at::Tensor& a, const at::Tensor& exponents, int sign
   AT_DISPATCH_FLOATING_TYPES(a.scalar_type(), "scale_by_powers_", [&] {
     for_each_matrix<scalar_t>(a, [&](scalar_t* data, int64_t n, int64_t b) {
       if (exponent[b] == 0) return;
-      // In two steps, since one factor may itself overflow.
-      const int half = sign * exponent[b] / 2;
-      const scalar_t first = std::ldexp(scalar_t{1}, half);
-      const scalar_t second = std::ldexp(scalar_t{1}, sign * exponent[b] - half);
-      for (int64_t i = 0; i < n; ++i) data[i] = data[i] * first * second;
+      const PowerOfTwo<scalar_t> power(sign * exponent[b]);
+      for (int64_t i = 0; i < n; ++i) data[i] = power.times(data[i]);
     });
   });
 }

@@ -90,12 +90,11 @@ void encode_block(uint8_t* __restrict codes, float* __restrict scale, const floa
   // Magnitudes compare as their bits do, NaN above all.
   uint32_t largest = 0;
   for (int64_t i = 0; i < n; ++i) {
-    const uint32_t bits = std::bit_cast<uint32_t>(in[i]) & 0x7FFFFFFFu;
+    const uint32_t bits = bits_of(in[i]) & 0x7FFFFFFFu;
     largest = largest < bits ? bits : largest;
   }
-  constexpr uint32_t kInfinity = 0x7F800000u;
-  *scale = std::bit_cast<float>(largest == kInfinity ? kInfinity - 1 : largest);
-  const float divisor = largest == 0 ? 1 : *scale;
+  *scale = code_scale(largest);
+  const float divisor = code_divisor(*scale);
   for (int64_t i = 0; i < n; ++i) codes[i] = code.nearest(in[i] / divisor);
 }
 

@@ -14,6 +14,16 @@ namespace galore_rrf {
 // Entries that share a scale.
 constexpr int64_t kCodeBlock = 256;
 
+// What the codes of a block are relative to, from the bits of its largest magnitude, NaN above all: that, or
+// the largest finite number where it is infinite.
+GALORE_RRF_HD float code_scale(uint32_t largest) {
+  constexpr uint32_t kInfinity = 0x7F800000u;
+  return float_of(largest == kInfinity ? kInfinity - 1 : largest);
+}
+
+// What its entries are divided by.
+GALORE_RRF_HD float code_divisor(float scale) { return scale == 0 ? 1 : scale; }
+
 class DynamicCode {
  public:
   constexpr explicit DynamicCode(bool is_signed) : signed_(is_signed) {

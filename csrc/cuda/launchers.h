@@ -1,0 +1,27 @@
+// The launchers that cuda_kernels holds (csrc/kernels.h says what each does).
+#pragma once
+
+#include "kernels.h"
+
+namespace galore_rrf::cuda {
+
+void fill_sketch(const at::Tensor& out, SketchKey key, int64_t row_offset, int64_t col_offset);
+
+void squared_norms(const at::Tensor& sums, const at::Tensor& a);
+double squared_norm(const at::Tensor& a);
+void all_finite(const at::Tensor& flags, const at::Tensor& a);
+void scale_by_powers_(const at::Tensor& a, const at::Tensor& exponents, int sign);
+
+void step_factors(const at::Tensor& factors, const std::vector<at::Tensor>& steps, const at::Tensor& lr,
+                  const at::Tensor& outcomes, const AdamWOptions& options);
+void adam(const at::Tensor& gradients, const StoredMoments& exp_avgs, const StoredMoments& exp_avg_sqs,
+          const at::Tensor& factors, const at::Tensor& outcomes, const AdamWOptions& options);
+void load_moments(const at::Tensor& out, const StoredMoments& moments, MomentKind kind);
+void store_moments(const StoredMoments& moments, const at::Tensor& in, MomentKind kind,
+                   const at::Tensor& active);
+void moments_to_variance(const at::Tensor& mean, const at::Tensor& variance, const at::Tensor& exp_avg,
+                         const at::Tensor& exp_avg_sq, const at::Tensor& corrections);
+void variance_to_moments(const at::Tensor& exp_avg, const at::Tensor& exp_avg_sq, const at::Tensor& mean,
+                         const at::Tensor& variance, const at::Tensor& corrections);
+
+}  // namespace galore_rrf::cuda
