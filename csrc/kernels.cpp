@@ -10,7 +10,10 @@ namespace galore_rrf {
 
 const Kernels& kernels_for(const at::Tensor& a) {
 #ifdef GALORE_RRF_WITH_CUDA
-  if (a.device().is_cuda()) check_device(a.device());
+  if (a.device().is_cuda()) {
+    check_device(a.device());
+    return cuda_kernels;
+  }
 #endif
   TORCH_CHECK(a.device().is_cpu(), "galore_rrf was built with kernels for the CPU only, got a tensor on ",
               a.device());

@@ -94,6 +94,6 @@ const Kernels& kernels_for(const at::Tensor& a);
 // Unrolled, vectorised instruction sets of the CPU kernels that this processor runs.
 const char* simd_level();
 
-extern const Kernels cpu_kernels;
+extern const Kernels cpu_kernels, cuda_kernels;
 
 }  // namespace galore_rrf
