@@ -31,7 +31,7 @@ pretrain: $(INSTALLED)  ## pretrain a 60M Llama on the source text of Python's s
 test: $(INSTALLED)  ## the everyday tests (PYTEST_ARGS="-k sketch -x" to choose)
 	python -m pytest -m "not slow" $(PYTEST_ARGS)
 
-check: $(INSTALLED)  ## all other tests: sanitizers, the C++ library, long numerical runs
+check: $(INSTALLED)  ## all other tests: sanitizers, the C++ library without CUDA and with, long numerical runs
 	python -m pytest -m slow $(PYTEST_ARGS)
 
 bench: $(INSTALLED)  ## the benchmarks
@@ -76,6 +76,7 @@ $(REQUIREMENTS): $(wildcard requirements/*.txt)
 
 # Folders are among the prerequisites, so that a removed source counts as a change too.
 $(INSTALLED): $(REQUIREMENTS) setup.py cmake/find_cuda.py pyproject.toml $(shell find csrc)
+	@python cmake/find_cuda.py >/dev/null  # which pip would not show
 	python -m pip install --quiet --no-build-isolation --no-deps --editable .
 	mkdir -p $(@D)
 	touch $@

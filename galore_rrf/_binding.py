@@ -19,8 +19,21 @@ def check_torch(requirements: list[str], version: str) -> None:
             )
 
 
+def explained(error: ImportError, version: str) -> ImportError:
+    """`error`, in a sentence where it is a library of CUDA that is missing."""
+    if not re.match(r"lib\w*cu\w*\.so", str(error)):
+        return error
+    return ImportError(
+        f"galore_rrf was compiled with CUDA, and torch {version} has another CUDA or none ({error}): "
+        "build it again with `pip install --no-build-isolation .`, or install that torch"
+    )
+
+
 check_torch(requires("galore_rrf") or [], torch.__version__)
 
-from galore_rrf import _C  # noqa: E402  (importing it registers the operators)
+try:
+    from galore_rrf import _C  # importing it registers the operators
+except ImportError as error:
+    raise explained(error, torch.__version__) from error
 
 build_info = _C.build_info

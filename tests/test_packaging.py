@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from galore_rrf._binding import check_torch
+from galore_rrf._binding import check_torch, explained
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -31,3 +31,16 @@ def test_import_beside_another_torch_says_what_to_do():
     check_torch(["torch==2.14.*"], "2.14.1+cu130")
     with pytest.raises(ImportError, match=r"compiled for torch 2\.14, but torch 2\.15\.0 is installed"):
         check_torch(["torch==2.14.*"], "2.15.0")
+
+
+@pytest.mark.parametrize("library", ["libtorch_cuda.so", "libcudart.so.13", "libcublas.so.12"])
+def test_import_beside_another_cuda_says_what_to_do(library):
+    """Guards against the name of a shared object as the only message."""
+    error = ImportError(f"{library}: cannot open shared object file: No such file or directory")
+    sentence = str(explained(error, "2.14.1+cpu"))
+    assert sentence.startswith(
+        "galore_rrf was compiled with CUDA, and torch 2.14.1+cpu has another CUDA or none"
+    )
+    assert library in sentence
+    other = ImportError("libgomp.so.1: cannot open shared object file: No such file or directory")
+    assert explained(other, "2.14.1+cpu") is other

@@ -229,7 +229,9 @@ def test_stack_is_its_matrices(device, side, sketch):
     singles.params = [w.clone() for w in stack.params[0]]
     for number, refresh in enumerate((0, -1, 1, -1)):
         grads = stack.grads(number)
-        assert stack.step(projected_adamw_, grads, refresh, sketch=sketch) == [REFRESHED if refresh >= 0 else STEPPED]
+        assert stack.step(projected_adamw_, grads, refresh, sketch=sketch) == [
+            REFRESHED if refresh >= 0 else STEPPED
+        ]
         singles.step(projected_adamw_, list(grads[0]), refresh, sketch=sketch)
     for name in ("params", "exp_avgs", "exp_avg_sqs", "bases"):
         expected = torch.stack(getattr(singles, name))
