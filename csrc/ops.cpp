@@ -11,7 +11,8 @@ TORCH_LIBRARY(galore_rrf, m) {
         "int col_offset=0, ScalarType? dtype=None, Device? device=None) -> Tensor");
   m.def("range_finder(Tensor a, int rank, *, int oversampling=0, str sketch=\"half_power\", int power=1, "
         "Tensor? warm=None, bool coefficients=True, bool ordered=False, str panel=\"auto\", int seed=0, "
-        "int key=0, int refresh=0) -> (Tensor basis, Tensor coefficients, Tensor residual, Tensor status)");
+        "int key=0, int refresh=0, bool? asynchronous=None) -> (Tensor basis, Tensor coefficients, "
+        "Tensor residual, Tensor status)");
   m.def(
       "adaptive_range_finder(Tensor a, float tolerance, *, bool relative=True, int block=64, "
       "int? max_rank=None, str method=\"auto\", str sketch=\"half_power\", bool trim=True, int extra_blocks=1, "

@@ -68,11 +68,14 @@ def range_finder(
     seed: int = 0,
     key: int = 0,
     refresh: int = 0,
+    asynchronous: bool | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Fixed-rank range finder of a (..., m, n): see `galore_rrf.range_finder` for the arguments.
 
     `ordered` sorts the basis columns by the energy they keep (always so with oversampling).
-    Matrix i of a batch uses the test matrix of `key + i`.
+    Matrix i of a batch uses the test matrix of `key + i`.  `asynchronous` (by default: on CUDA): the matrices
+    of a batch are sketched together, scaled whether they need it or not, and fallbacks are decided on the
+    device; nobody waits for it, but for residuals (where there are coefficients), oversampling and `ordered`.
 
     Returns basis (..., m, rank), coefficients Q^T a (..., rank, n) (rank 0 without `coefficients`), the
     relative residual (...) in fp64 (NaN without coefficients) and the uint8 status (...).  Basis and
@@ -91,6 +94,7 @@ def range_finder(
         seed=seed,
         key=key,
         refresh=refresh,
+        asynchronous=asynchronous,
     )
 
 
@@ -266,7 +270,8 @@ def projected_adamw_(
     All is computed in fp64 for fp64 weights, else in fp32.  Moments (shape of R, contiguous) are of that
     dtype, fp32, bf16, or uint8 codes whose scales (`quantize_moment`) stand in `exp_avg_scales` and
     `exp_avg_sq_scales`, which are empty tensors elsewhere.  `bases` are of any floating dtype, `steps`
-    fp32 or fp64 scalars on the device of the weights.  A basis of zeros means none yet: such a matrix is refreshed at once.
+    fp32 or fp64 scalars on the device of the weights.  A basis of zeros means none yet: such a matrix is
+    refreshed at once.
     `coefficients[i]`: R from a refresh made elsewhere, whose basis is in `bases` already.
     `keys[i]`: the matrix id of the test matrix, of a stack's first.
     `refresh_seconds` (fp64, one number a parameter, on the CPU): the wall-clock time of each parameter's

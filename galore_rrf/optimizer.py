@@ -16,6 +16,7 @@ from torch.optim.optimizer import _use_grad_for_differentiable
 from typing_extensions import Unpack
 
 from galore_rrf import checkpoint, moments, ops, two_sided
+from galore_rrf.outcomes import Outcomes
 from galore_rrf.param_groups import with_rank
 from galore_rrf.subspace import (
     BOTH,
@@ -35,8 +36,16 @@ from galore_rrf.subspace import (
     zero_moments,
 )
 
-_SKIPPED, _REFRESHED = 0, 3  # outcomes of ops.projected_adamw_
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)  # of which our own steps can be taken
+# What a CUDA graph can capture of projected groups.
+_CAPTURED: dict[str, tuple[Any, ...]] = {
+    "tolerance": (None,),
+    "projector": ("range_finder",),
+    "moments": ("rotate",),
+    "oversampling": (0,),
+    "proj_type": ("std", "reverse_std", "right", "left"),
+    "nonfinite": ("skip",),
+}
 _OFTEN = 50  # below this interval kept moments do harm
 
 
@@ -83,6 +92,7 @@ class GaLoreAdamW(AdamW):
             if key not in SubspaceKeys.__annotations__:
                 raise TypeError(f"GaLoreAdamW got an unexpected keyword argument {key!r}{_did_you_mean(key)}")
         self._subspace_defaults = resolve(subspace)
+        self._outcomes = Outcomes()
         super().__init__(
             with_rank(params, self._subspace_defaults["rank"]),
             lr,
@@ -131,6 +141,7 @@ class GaLoreAdamW(AdamW):
         ``nonfinite="raise"``; ValueError, nothing written, where a group's keys were changed so that a
         parameter became plain or projected; RuntimeError for sparse gradients.
         """
+        _health_check(self)
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -172,7 +183,7 @@ class GaLoreAdamW(AdamW):
         for p in params:
             if not self.state[p]:
                 self.state[p].update(
-                    step=torch.zeros((), dtype=torch.float32, device="cpu"),
+                    step=torch.zeros((), dtype=torch.float32, device=p.device),
                     **{
                         key: value if key in moments.SCALES else value.view(p.shape)
                         for key, value in zero_moments(p, (p.numel(),), options.state_dtype).items()
@@ -190,7 +201,7 @@ class GaLoreAdamW(AdamW):
             [state["step"] for state in states],
             [moments.scale(state, "exp_avg") for state in states],
             [moments.scale(state, "exp_avg_sq") for state in states],
-            lr=float(group["lr"]),
+            lr=group["lr"],
             beta1=float(beta1),
             beta2=float(beta2),
             eps=group["eps"],
@@ -243,6 +254,9 @@ class GaLoreAdamW(AdamW):
     @torch.no_grad()
     def _projected_step(self, group: dict[str, Any], options: SubspaceOptions, params: list[Tensor]) -> None:
         """Refreshes that may change shapes first, then the step of all."""
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            _check_captured(group, params, self.state)
+        self._outcomes.settle()
         self._init_projected(params, options)
         for p in params:
             follow(p, self.state[p], options)
@@ -250,7 +264,11 @@ class GaLoreAdamW(AdamW):
             if self.state[p]["side"] == BOTH:
                 self._two_sided_step(p, group, options)
         params = [p for p in params if self.state[p]["side"] != BOTH]
-        due = [p for p in params if refresh_due(self.state[p], options.update_proj_gap)]
+        due = [
+            p
+            for p, state in ((p, self.state[p]) for p in params)
+            if refresh_due(state, self._outcomes.taken(state), options.update_proj_gap)
+        ]
         apart = [p for p in due if not refreshed_in_step(p, self.state[p], options)]
         coefficients: dict[Tensor, Tensor | None] = {}
         if apart:
@@ -265,13 +283,15 @@ class GaLoreAdamW(AdamW):
             self._refresh_seconds += time.perf_counter() - start
             coefficients = dict(zip(apart, found, strict=True))
         within = set(due).difference(apart)
-        self._call(
-            group,
-            options,
-            params,
-            [self.state[p]["refreshes"] if p in within else -1 for p in params],
-            [coefficients.get(p) for p in params],
-        )
+        for device in dict.fromkeys(p.device for p in params):
+            there = [p for p in params if p.device == device]
+            self._call(
+                group,
+                options,
+                there,
+                [self.state[p]["refreshes"] if p in within else -1 for p in there],
+                [coefficients.get(p) for p in there],
+            )
 
     def _two_sided_step(self, p: Tensor, group: dict[str, Any], options: SubspaceOptions) -> None:
         beta1, beta2 = map(float, group["betas"])
@@ -298,7 +318,6 @@ class GaLoreAdamW(AdamW):
     ) -> None:
         states = [self.state[p] for p in params]
         weights = [as_matrices(p) for p in params]
-        taken = [int(state["step"]) for state in states]
         beta1, beta2 = group["betas"]
         seconds = torch.zeros(len(params), dtype=torch.float64, device="cpu")
         outcomes = ops.projected_adamw_(
@@ -312,7 +331,7 @@ class GaLoreAdamW(AdamW):
             [state["side"] for state in states],
             [state["key"] for state in states],
             refreshes,
-            lr=float(group["lr"]),
+            lr=group["lr"],
             beta1=float(beta1),
             beta2=float(beta2),
             eps=group["eps"],
@@ -329,14 +348,12 @@ class GaLoreAdamW(AdamW):
             refresh_seconds=seconds,
             exp_avg_scales=[moments.scale(state, "exp_avg") for state in states],
             exp_avg_sq_scales=[moments.scale(state, "exp_avg_sq") for state in states],
-        ).tolist()
+        )
         self._refresh_seconds += float(seconds.sum())
-        for p, weight, state, step, outcome in zip(params, weights, states, taken, outcomes, strict=True):
+        self._outcomes.add(outcomes, states)
+        for p, weight in zip(params, weights, strict=True):
             if weight.data_ptr() != p.data_ptr():  # unfolded from a layout that has no view as a matrix
                 p.copy_(weight.view(p.shape))
-            if outcome == _REFRESHED:
-                state["refreshes"] += 1
-                state["last_refresh"] = step
 
     def _init_projected(self, params: list[Tensor], options: SubspaceOptions) -> None:
         """State for parameters that have none; their matrix ids are positions among all matrices."""
@@ -345,6 +362,11 @@ class GaLoreAdamW(AdamW):
             ids = matrix_ids(self.param_groups)
             for p in new:
                 self.state[p].update(new_state(p, options, ids[p]))
+
+    def state_dict(self) -> dict[str, Any]:
+        """As of any torch optimizer; waits for steps that are still under way."""
+        self._outcomes.settle()
+        return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a state dict of this class or, for plain groups, of `torch.optim.AdamW`.
@@ -373,8 +395,15 @@ class GaLoreAdamW(AdamW):
         """Ends unpickling and loading; what is loaded comes from the file, not from the base class, which has
         cast it to the dtype of the weights."""
         super().__setstate__(state)
+        self._outcomes = Outcomes()
         for p, loaded in getattr(self, "_loading", ()):
             self.state[p] = loaded
+
+
+def _health_check(optimizer: torch.optim.Optimizer) -> None:
+    """torch's own, of graphs captured without ``capturable``; named otherwise in older releases."""
+    new = getattr(optimizer, "_accelerator_graph_capture_health_check", None)
+    (new or optimizer._cuda_graph_capture_health_check)()
 
 
 def _did_you_mean(key: str) -> str:
@@ -466,6 +495,21 @@ def _check_states(
                     f"the state of {name} was made under another rank than the group's {group['rank']} "
                     "(nothing was written)"
                 )
+
+
+def _check_captured(
+    group: dict[str, Any], params: Iterable[Tensor], state: Mapping[Tensor, dict[str, Any]]
+) -> None:
+    """Raises for what a CUDA graph cannot capture: steps that wait for the device, and states yet to be made."""
+    for key, captured in _CAPTURED.items():
+        if group[key] not in captured:
+            raise RuntimeError(
+                f"{key}={group[key]!r} cannot be captured in a CUDA graph, since its steps wait for the device "
+                f"(captured: {key}={' or '.join(map(repr, captured))})"
+            )
+    for name, p in _names(group, params):
+        if p not in state or not state[p]:
+            raise RuntimeError(f"{name} has no state yet: take a few steps before a CUDA graph is captured")
 
 
 def _check_gradients(group: dict[str, Any], params: Iterable[Tensor]) -> None:

@@ -252,7 +252,7 @@ def new_state(p: Tensor, options: SubspaceOptions, key: int) -> dict[str, Any]:
     assert rank is not None
     shape, basis = state_shapes(matrix, side, rank)
     return {
-        "step": torch.zeros((), dtype=torch.float32, device="cpu"),
+        "step": torch.zeros((), dtype=torch.float32, device=p.device),
         **zero_moments(p, shape, options.state_dtype),
         # In the weight's dtype: half precision products take it as it is.
         "basis": torch.zeros(basis, dtype=p.dtype, device=p.device),
@@ -294,13 +294,15 @@ def follow(p: Tensor, state: dict[str, Any], options: SubspaceOptions) -> None:
     dtype = moments.kept_dtype(math.prod(shape), options.state_dtype, compute_dtype(p))
     if plain and is_torchs(p, options):
         dtype = p.dtype
+    elif state["step"].device != p.device:
+        state["step"] = state["step"].to(p.device)
     if state["exp_avg"].dtype != dtype:
         moments.keep_as(state, dtype, flat=plain)
 
 
-def refresh_due(state: Mapping[str, Any], gap: int) -> bool:
-    """Whether the coming step refreshes; a refresh that failed stays due."""
-    return state["refreshes"] == 0 or int(state["step"]) - state["last_refresh"] >= gap
+def refresh_due(state: Mapping[str, Any], taken: int, gap: int) -> bool:
+    """Whether the step that follows `taken` steps refreshes; a refresh that failed stays due."""
+    return state["refreshes"] == 0 or taken - state["last_refresh"] >= gap
 
 
 def refreshed_in_step(p: Tensor, state: Mapping[str, Any], options: SubspaceOptions) -> bool:

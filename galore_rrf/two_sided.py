@@ -44,7 +44,11 @@ def step(
     """
     weight, g = as_matrices(p), as_matrices(grad).to(compute_dtype(p))
     rank = rank_of(p, options) or state["rank"]
-    found = find(state, g, rank, options) if refresh_due(state, options.update_proj_gap) else None
+    found = (
+        find(state, g, rank, options)
+        if refresh_due(state, int(state["step"]), options.update_proj_gap)
+        else None
+    )
     if found is None and not state["refreshes"]:
         if not bool(g.any()):
             weight.mul_(1 - lr * weight_decay)

@@ -62,7 +62,8 @@ RangeFinderBatch range_finder_batch(const at::Tensor& a, int64_t rank, const Ran
   check_nonfinite(options.nonfinite);
   const auto [basis, coefficients, residual, status] = call<decltype(range_finder_op)>(
       "galore_rrf::range_finder", a, rank, options.oversampling, options.sketch, options.power, options.warm,
-      options.coefficients, /*ordered=*/false, options.panel, options.seed, options.key, options.refresh);
+      options.coefficients, /*ordered=*/false, options.panel, options.seed, options.key, options.refresh,
+      /*asynchronous=*/std::nullopt);
   if (options.nonfinite == "raise") raise_nonfinite(status);
   return {.basis = basis,
           .coefficients = options.coefficients ? coefficients : at::Tensor(),

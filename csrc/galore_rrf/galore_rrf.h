@@ -29,8 +29,9 @@ struct RangeFinderOptions {
   std::optional<at::Tensor> warm = std::nullopt;
   // Whether to compute B, and the residual with it.
   bool coefficients = true;
-  // How the sketch is made orthonormal: "householder", "cholesky_qr" or "gram_schmidt".
-  std::string panel = "householder";
+  // How the sketch is made orthonormal: "householder", "cholesky_qr" or "gram_schmidt"; "auto": as is
+  // fastest on the device.
+  std::string panel = "auto";
   // What a NaN or infinite entry leads to: "status", Status::nonfinite and a basis of zeros, or "raise".
   std::string nonfinite = "status";
   // They choose the Gaussian test matrix; matrix i of a batch has that of key + i.

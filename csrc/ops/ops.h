@@ -17,7 +17,7 @@ at::Tensor gaussian_sketch(int64_t rows, int64_t cols, int64_t seed, int64_t key
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> range_finder_op(
     const at::Tensor& a, int64_t rank, int64_t oversampling, c10::string_view sketch, int64_t power,
     const std::optional<at::Tensor>& warm, bool coefficients, bool ordered, c10::string_view panel,
-    int64_t seed, int64_t key, int64_t refresh);
+    int64_t seed, int64_t key, int64_t refresh, std::optional<bool> asynchronous);
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>
 adaptive_range_finder_op(const at::Tensor& a, double tolerance, bool relative, int64_t block,

@@ -120,7 +120,7 @@ at::Tensor gaussian_sketch(int64_t rows, int64_t cols, int64_t seed, int64_t key
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> range_finder_op(
     const at::Tensor& a, int64_t rank, int64_t oversampling, c10::string_view sketch, int64_t power,
     const std::optional<at::Tensor>& warm, bool coefficients, bool ordered, c10::string_view panel,
-    int64_t seed, int64_t key, int64_t refresh) {
+    int64_t seed, int64_t key, int64_t refresh, std::optional<bool> asynchronous) {
   const OperatorScope scope(a);
   check_matrix("range_finder", a);
   const int64_t m = a.size(-2), n = a.size(-1);
@@ -135,7 +135,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> range_finder_op(
                            .ordered = ordered,
                            .panel = panel_from_name(text(panel)),
                            .measured = coefficients,
-                           .asynchronous = !a.is_cpu()};
+                           .asynchronous = asynchronous.value_or(!a.is_cpu())};
   TORCH_CHECK_VALUE((options.sketch == Sketch::warm) == warm.has_value(),
                     "sketch='warm' and a previous basis `warm` go together, got sketch='", sketch, "' and ",
                     warm.has_value() ? "a basis" : "none");
@@ -158,8 +158,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> range_finder_op(
   const at::Tensor residual = at::empty({batch.count()}, at::kDouble);
   const at::Tensor status = at::empty({batch.count()}, a.options().dtype(at::kByte));
   const SketchKey first_key = sketch_key(seed, key, refresh, batch.count());
-  // On a CPU a matrix a thread, elsewhere all of them together.
-  const int64_t together = a.is_cpu() ? 1 : batch.count();
+  // A matrix a thread, or all of them together.
+  const int64_t together = options.asynchronous ? batch.count() : 1;
   const auto find = [&](int64_t first) {
     std::vector<SketchKey> keys(static_cast<size_t>(together), first_key);
     for (int64_t i = 0; i < together; ++i) {

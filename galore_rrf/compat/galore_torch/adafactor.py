@@ -311,7 +311,7 @@ def _copied(p: Tensor, saved: Mapping[str, Any]) -> dict[str, Any]:
 
 def _projected(state: dict[str, Any], grad: Tensor, options: SubspaceOptions) -> Tensor:
     """The gradient in its subspace, which is found anew where that is due."""
-    if refresh_due(state, options.update_proj_gap):
+    if refresh_due(state, int(state["step"]), options.update_proj_gap):
         found: tuple[Tensor, Tensor] | None
         if state["side"] == BOTH:
             found = two_sided.find(state, grad, state["rank"], options)
