@@ -1,5 +1,9 @@
 """The sketch kernel on the host: the bits of the operator on the CPU."""
 
+import os
+import subprocess
+from pathlib import Path
+
 import host_kernels
 import pytest
 import torch
@@ -78,3 +82,26 @@ def test_only_what_is_asked_for_is_written():
     host_kernels.call("fill_sketch", whole, [], [memory[8:-8]])
     assert (memory[:8] == 7).all()
     assert (memory[-8:] == 7).all()
+
+
+def toolkit_headers() -> list[Path]:
+    """Folders that together have cuRAND's header and what it includes; none without a toolkit."""
+    site = Path(torch.__file__).parent.parent
+    toolkit = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda"))
+    folders = [
+        folder
+        for top in (*site.glob("nvidia/*/include"), toolkit / "include")
+        for folder in (top, top / "cccl")
+    ]
+    needed = ["curand_philox4x32_x.h", "nv/target", "vector_types.h"]
+    return folders if all(any((f / name).exists() for f in folders) for name in needed) else []
+
+
+@pytest.mark.skipif(not toolkit_headers(), reason="no header of cuRAND")
+def test_the_stream_is_that_of_curand(tmp_path):
+    """Guards against a generator that is Philox in name: another round, constant or order of words."""
+    source, program = host_kernels.FOLDER / "curand_philox.cpp", tmp_path / "curand_philox"
+    includes = [word for folder in toolkit_headers() for word in ("-isystem", folder)]
+    flags = [*host_kernels.FLAGS, f"-I{host_kernels.ROOT / 'csrc'}", *includes]
+    subprocess.run(["g++", *flags, source, "-o", program], check=True)
+    assert subprocess.run([program], capture_output=True, text=True, check=True).stdout == "0\n"
