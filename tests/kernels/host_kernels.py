@@ -25,12 +25,13 @@ FOLDER = Path(__file__).resolve().parent
 ROOT = FOLDER.parents[1]
 BUILD = ROOT / "build/kernels"
 
-# As csrc is compiled (setup.py); -O1, which compiles in half the time.
-FLAGS = ["-std=c++20", "-O1", "-g1", "-ffp-contract=off", "-fPIC", "-Wall", "-Wextra", "-Werror", "-pthread"]
+# What of setup.py's flags changes results; -O1 besides, which compiles in half the time.
+FLAGS = ["-std=c++20", "-g1", "-ffp-contract=off", "-fPIC", "-Wall", "-Wextra", "-Werror", "-pthread"]
 SANITIZE = {
     "plain": [],
     "thread": ["-fsanitize=thread", "-DSHIM_TSAN"],
-    "address": ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-DSHIM_ASAN"],
+    # Of getcontext, which it takes for setjmp, gcc warns then.
+    "address": ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-DSHIM_ASAN", "-Wno-clobbered"],
 }
 
 
@@ -39,9 +40,11 @@ def sources() -> list[Path]:
     return [FOLDER / "shim/shim.cpp", FOLDER / "calls.cpp", *sorted((FOLDER / "calls").glob("*.cpp"))]
 
 
-def compile_object(source: Path, sanitizer: str = "plain", csrc: Path = ROOT / "csrc") -> Path:
+def compile_object(
+    source: Path, sanitizer: str = "plain", csrc: Path = ROOT / "csrc", optimize: str = "-O1"
+) -> Path:
     """The object file of a source, from an earlier run where what it is made of is the same."""
-    flags = [*FLAGS, *SANITIZE[sanitizer]]
+    flags = [*FLAGS, optimize, *SANITIZE[sanitizer]]
     if source.name == "shim.cpp" and "-fsanitize=thread" in flags:
         flags.remove("-fsanitize=thread")  # see there
     command = ["g++", *flags, f"-I{csrc}", f"-I{FOLDER}", f"-I{FOLDER / 'shim'}"]
@@ -66,6 +69,10 @@ def link(objects: Sequence[Path], flags: Sequence[str], suffix: str) -> Path:
         subprocess.run(["g++", *flags, *objects, "-pthread", "-o", part], check=True)
         part.rename(target)
     return target
+
+
+def link_program(objects: Sequence[Path], sanitizer: str) -> Path:
+    return link(objects, [flag for flag in SANITIZE[sanitizer] if flag.startswith("-fsanitize")], "")
 
 
 def compile_all(files: Sequence[Path], sanitizer: str = "plain") -> list[Path]:
