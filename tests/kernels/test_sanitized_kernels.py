@@ -91,7 +91,7 @@ MUTATIONS = [
     Mutation("device.cuh", "reductions", "if (threadIdx.x % kWarp == 0) ", ""),
     Mutation("device.cuh", "reductions", "unsigned warp = 1;", "unsigned warp = 2;"),
     Mutation("device.cuh", "reductions", "warp < blockDim.x / kWarp", "warp <= blockDim.x / kWarp"),
-    Mutation("plane.cuh", "sketch", "row < height", "row <= height"),
+    Mutation("plane.cuh", "moments", "row < height", "row <= height"),
     Mutation("plane.cuh", "sketch", "j < width", "j <= width"),
     Mutation("plane.cuh", "moments", "plane < planes", "plane <= planes"),
     Mutation("plane.cuh", "sketch", "row += int64_t{gridDim.y} * blockDim.y", "row += blockDim.y"),
