@@ -3,18 +3,36 @@
 import pytest
 import torch
 
-from galore_rrf import _C, ops, reference
+from galore_rrf import build_info, ops, reference
 
 pytest.register_assert_rewrite("bounds", "matrices")
 
 DEVICES = ["cpu"]
-if torch.cuda.is_available() and "cuda" in _C.build_info():
+if torch.cuda.is_available() and "cuda" in build_info():
     DEVICES.append("cuda")
 
 
-@pytest.fixture(params=DEVICES)
+def pytest_addoption(parser):
+    parser.addoption("--device", help="run the tests that take a device on this one alone: cpu, cuda")
+
+
+def pytest_configure(config):
+    wished = config.getoption("--device")
+    if wished not in (None, *DEVICES):
+        raise pytest.UsageError(f"--device {wished}: this machine and this build have {', '.join(DEVICES)}")
+
+
+def pytest_generate_tests(metafunc):
+    """Every device that the package has kernels for and this machine has, or the one asked for."""
+    if "device" in metafunc.fixturenames:
+        wished = metafunc.config.getoption("--device")
+        devices = DEVICES if wished is None else [wished]
+        metafunc.parametrize("device", devices, indirect=True, scope="session")
+
+
+@pytest.fixture(scope="session")
 def device(request) -> torch.device:
-    """Every device that the package has kernels for and this machine has."""
+    """Where a test makes its tensors; what it compares with is computed on the CPU."""
     return torch.device(request.param)
 
 

@@ -23,6 +23,8 @@ from matrices import (
 from galore_rrf import reference
 from galore_rrf.ops import adaptive_range_finder
 
+pytestmark = pytest.mark.core
+
 SHAPES = [(50, 80, 16), (80, 50, 16), (37, 53, 10), (53, 37, 64), (37, 37, 12), (1, 30, 4), (30, 1, 4)]
 
 

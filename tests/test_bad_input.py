@@ -6,9 +6,23 @@ import math
 import pytest
 import torch
 from torch.optim import AdamW
-from training import KINDS, bias, check_state, gradient, optimizer, params_of, same, snapshot, train, weight
+from training import (
+    KINDS,
+    bias,
+    check_state,
+    gradient,
+    gradient_like,
+    optimizer,
+    params_of,
+    same,
+    snapshot,
+    train,
+    weight,
+)
 
 from galore_rrf import GaLoreAdamW
+
+pytestmark = pytest.mark.core
 
 # --- Arguments ----------------------------------------------------------------------------------------
 
@@ -154,12 +168,12 @@ def test_odd_params_do_as_with_torch_adamw(params, rank):
 
 
 @pytest.mark.parametrize("shape", [(0,), (0, 5), (5, 0), (0, 8, 8), (3, 0, 8), (0, 3, 3, 3)], ids=str)
-def test_empty_tensors_are_trained_as_torch_does(shape):
+def test_empty_tensors_are_trained_as_torch_does(device, shape):
     """Guards against a division by no entries; mixture-of-experts layers can be empty on a rank."""
-    p, w = torch.nn.Parameter(torch.zeros(shape)), weight("default")
+    p, w = torch.nn.Parameter(torch.zeros(shape, device=device)), weight("default", device)
     opt = GaLoreAdamW([{"params": [p, w], "rank": 4}])
     for step in range(3):
-        p.grad, w.grad = torch.zeros(shape), gradient(tuple(w.shape), step)
+        p.grad, w.grad = torch.zeros(shape, device=device), gradient_like(w, step)
         opt.step()
     assert opt.state[w]["step"].item() == 3
     assert opt.state[p]["exp_avg"].shape == p.shape
@@ -179,12 +193,12 @@ def test_complex_matrices_are_refused_where_projected(dtype, named):
 
 
 @pytest.mark.parametrize("rank", [None, 4])
-def test_sparse_gradients_are_refused(rank):
+def test_sparse_gradients_are_refused(device, rank):
     """Guards against a sparse gradient read as a dense one; torch.optim.AdamW refuses them too."""
-    w, v = weight("default"), weight("default")
+    w, v = weight("default", device), weight("default", device)
     opt = GaLoreAdamW([{"params": [("v", v), ("w", w)], "rank": rank}])
     train(opt, [v, w], [0])
-    v.grad, w.grad = gradient(tuple(v.shape), 1), gradient(tuple(w.shape), 1).to_sparse()
+    v.grad, w.grad = gradient_like(v, 1), gradient_like(w, 1).to_sparse()
     before = snapshot(opt)
     with pytest.raises(RuntimeError, match="sparse"):
         opt.step()
@@ -194,14 +208,14 @@ def test_sparse_gradients_are_refused(rank):
 
 
 @pytest.mark.parametrize("mismatch", ["shape", "dtype"])
-def test_gradient_unlike_its_parameter_is_refused(mismatch):
+def test_gradient_unlike_its_parameter_is_refused(device, mismatch):
     """Guards against reading a gradient past its end, or as another type, after `p.data` was replaced."""
-    w, b = weight("default"), bias()
+    w, b = weight("default", device), bias(device)
     opt = optimizer("default", w, b)
     train(opt, [w, b], range(2))
-    train_gradient = gradient((24, 16), 2)
+    train_gradient = gradient((24, 16), 2, device=device)
     w.grad, b.grad = train_gradient, torch.ones_like(b)
-    w.data = torch.ones(25, 16) if mismatch == "shape" else w.data.double()
+    w.data = torch.ones(25, 16, device=device) if mismatch == "shape" else w.data.double()
     before = snapshot(opt)
     with pytest.raises(ValueError, match="gradient of w"):
         opt.step()
@@ -213,10 +227,10 @@ def test_gradient_unlike_its_parameter_is_refused(mismatch):
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize(("kind", "when"), [(k, w) for k in KINDS for w in (0, 2, 4)] + [("published", 50)])
-def test_nonfinite_gradient_is_skipped_and_others_proceed(kind, when, value):
+def test_nonfinite_gradient_is_skipped_and_others_proceed(device, kind, when, value):
     """Guards against one bad entry that poisons a weight, its moments or its neighbours."""
-    w, b = weight(kind), bias()
-    other = weight("default")
+    w, b = weight(kind, device), bias(device)
+    other = weight("default", device)
     opt = optimizer(kind, w, b)
     opt.add_param_group({"params": [("other", other)], "rank": 4})
     train(opt, [w, b, other], range(when))
@@ -225,7 +239,7 @@ def test_nonfinite_gradient_is_skipped_and_others_proceed(kind, when, value):
     beside = b.detach().clone(), other.detach().clone()
     for _ in range(2):
         for p in (w, b, other):
-            p.grad = gradient(tuple(p.shape), when, p.dtype)
+            p.grad = gradient_like(p, when)
         bad = w.grad if w.dim() == 3 else w.grad[None]
         bad.flatten(1)[:, 17] = value  # in every matrix of a stack
         opt.step()
@@ -243,16 +257,16 @@ def test_nonfinite_gradient_is_skipped_and_others_proceed(kind, when, value):
     assert opt.state[w]["step"].item() == when + 1
 
 
-def test_nonfinite_matrix_of_a_stack_leaves_the_others_alone():
+def test_nonfinite_matrix_of_a_stack_leaves_the_others_alone(device):
     """Guards against one expert's NaN stopping the rest of the stack."""
     for kind in ("stack", "stack_tolerance"):
-        w, b = weight(kind), bias()
+        w, b = weight(kind, device), bias(device)
         opt = optimizer(kind, w, b)
         train(opt, [w, b], range(2))
         for step in range(2, 5):
             before = w.detach().clone()
             old = opt.state[w]["exp_avg"].clone(), opt.state[w]["exp_avg_sq"].clone()
-            w.grad = gradient(tuple(w.shape), step)
+            w.grad = gradient_like(w, step)
             w.grad[1, 2, 3] = math.nan
             opt.step()
             assert same(w[1].detach(), before[1])
@@ -265,14 +279,14 @@ def test_nonfinite_matrix_of_a_stack_leaves_the_others_alone():
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("steps", [0, 2])
-def test_nonfinite_raise_writes_nothing_anywhere(value, steps):
+def test_nonfinite_raise_writes_nothing_anywhere(device, value, steps):
     """Guards against a step that is half taken when it raises, in plain groups and earlier ones too."""
-    a, w, b = weight("default"), weight("default"), bias()
+    a, w, b = weight("default", device), weight("default", device), bias(device)
     group = {"params": [("a", a), ("w", w)], "rank": 4, "nonfinite": "raise"}
     opt = GaLoreAdamW([{"params": [("b", b)]}, group])
     train(opt, [a, w, b], range(steps))
     for p in (a, w, b):
-        p.grad = gradient(tuple(p.shape), steps)
+        p.grad = gradient_like(p, steps)
     w.grad[3, 3] = value
     before, grads = snapshot(opt), [p.grad.clone() for p in (a, w, b)]
     with pytest.raises(FloatingPointError, match="gradient of w is not finite"):
@@ -284,9 +298,9 @@ def test_nonfinite_raise_writes_nothing_anywhere(value, steps):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
-def test_nonfinite_raise_takes_large_finite_gradients(dtype):
+def test_nonfinite_raise_takes_large_finite_gradients(device, dtype):
     """Guards against a norm that overflows and calls a finite gradient infinite."""
-    p = torch.nn.Parameter(torch.zeros(12, 10, dtype=dtype))
+    p = torch.nn.Parameter(torch.zeros(12, 10, dtype=dtype, device=device))
     opt = GaLoreAdamW([{"params": [p], "rank": 4, "nonfinite": "raise"}])
     p.grad = torch.full_like(p, torch.finfo(dtype).max / 16)
     opt.step()
@@ -294,14 +308,17 @@ def test_nonfinite_raise_takes_large_finite_gradients(dtype):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_zero_gradients_from_the_first_step_decay_alone_and_do_not_count(kind):
+def test_zero_gradients_from_the_first_step_decay_alone_and_do_not_count(device, kind):
     """Guards against a basis of nothing, NaN from 0/0, or a clock that runs while there is no basis."""
-    w, v = weight(kind), weight(kind)
-    opt, fresh = optimizer(kind, w, bias(), weight_decay=0.1), optimizer(kind, v, bias(), weight_decay=0.1)
+    w, v = weight(kind, device), weight(kind, device)
+    opt, fresh = (
+        optimizer(kind, w, bias(device), weight_decay=0.1),
+        optimizer(kind, v, bias(device), weight_decay=0.1),
+    )
     for steps in range(1, 4):
         w.grad = torch.zeros_like(w)
         opt.step()
-        expected = weight(kind).detach().double() * (1 - 0.05 * 0.1) ** steps
+        expected = weight(kind, device).detach().double() * (1 - 0.05 * 0.1) ** steps
         error = 0.02 if w.dtype == torch.bfloat16 else 1e-5
         torch.testing.assert_close(w.detach().double(), expected, rtol=error, atol=error)
         check_state(w, opt.state[w], 6)
@@ -315,9 +332,9 @@ def test_zero_gradients_from_the_first_step_decay_alone_and_do_not_count(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_zero_gradient_at_a_due_refresh_is_retried(kind):
+def test_zero_gradient_at_a_due_refresh_is_retried(device, kind):
     """Guards against a subspace of a zero gradient, or a refresh that is lost until the next one is due."""
-    w, b = weight(kind), bias()
+    w, b = weight(kind, device), bias(device)
     opt = optimizer(kind, w, b, weight_decay=0.0)
     gap = opt.param_groups[0]["update_proj_gap"]
     train(opt, [w, b], range(gap))
@@ -336,12 +353,12 @@ def test_zero_gradient_at_a_due_refresh_is_retried(kind):
 
 
 @pytest.mark.parametrize("kind", ["stack", "stack_tolerance"])
-def test_idle_matrix_of_a_stack_keeps_its_subspace(kind):
+def test_idle_matrix_of_a_stack_keeps_its_subspace(device, kind):
     """Guards against an expert without tokens losing its basis, or stopping the others'."""
-    w, b = weight(kind), bias()
+    w, b = weight(kind, device), bias(device)
     opt = optimizer(kind, w, b)
     for step in range(7):
-        w.grad = gradient(tuple(w.shape), step)
+        w.grad = gradient_like(w, step)
         if step >= 2:
             w.grad[1] = 0
         opt.step()
@@ -354,9 +371,9 @@ def test_idle_matrix_of_a_stack_keeps_its_subspace(kind):
     assert opt.state[w]["refreshes"] == 3
 
 
-def test_no_gradient_at_all_is_no_step():
+def test_no_gradient_at_all_is_no_step(device):
     """Guards against state for parameters that were never trained."""
-    w, b = weight("default"), bias()
+    w, b = weight("default", device), bias(device)
     opt = optimizer("default", w, b)
     opt.step()
     assert not opt.state

@@ -25,6 +25,8 @@ from training import (
 from galore_rrf import GaLoreAdamW, moments
 from galore_rrf.subspace import SCHEMA_VERSION, STATE_KEYS
 
+pytestmark = pytest.mark.core
+
 
 def started(kind, steps, device="cpu"):
     w, b = weight(kind, device), bias(device)

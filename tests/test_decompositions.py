@@ -22,6 +22,8 @@ from matrices import (
 
 from galore_rrf import ops, qb, reference, svd_lowrank
 
+pytestmark = pytest.mark.core
+
 DTYPES = [torch.float32, torch.float64]
 ALL_DTYPES = [*DTYPES, torch.bfloat16, torch.float16]
 
@@ -434,14 +436,14 @@ def test_list_autograd(device):
         ops.adaptive_range_finders([a], 0.1, 3, [0], [0])[0][0].sum().backward()
 
 
-def test_compile():
+def test_compile(device):
     """Guards against a graph break."""
 
     def f(a, b):
         bases, coefficients, _, _ = ops.adaptive_range_finders([a, b], 0.1, 5, [1, 2], [0, 0], block=3)
         return [x @ y for x, y in zip(bases, coefficients, strict=True)]
 
-    a, b = gaussian(8, 9), gaussian(12, 6)
+    a, b = gaussian(8, 9).to(device), gaussian(12, 6).to(device)
     torch._dynamo.reset()
     for x, y in zip(torch.compile(f, fullgraph=True, backend="aot_eager")(a, b), f(a, b), strict=True):
         torch.testing.assert_close(x, y)

@@ -13,9 +13,11 @@ import math
 
 import pytest
 import torch
-from training import gradient, params_of
+from training import gradient, gradient_like, params_of
 
 from galore_rrf import GaLoreAdamW, reference
+
+pytestmark = pytest.mark.core
 
 SHAPES = {
     "tall": (24, 16),
@@ -66,19 +68,19 @@ def low_rank(shape, keys, axes, step):
     return (g if right else g.mT).reshape(shape)
 
 
-def follow_adamw(shape, dtype, keys, options, axes, tolerance, steps=8):
+def follow_adamw(device, shape, dtype, keys, options, axes, tolerance, steps=8):
     """Trains this optimizer and torch.optim.AdamW on the same gradients and compares after every step.
 
     A factor `scale` is one on torch's rate, with the same decay.
     """
-    initial = gradient(shape, 99, dtype)
+    initial = gradient(shape, 99, dtype, device=device)
     ours_p, theirs_p = (torch.nn.Parameter(initial.clone()) for _ in range(2))
     ours = GaLoreAdamW([{"params": [ours_p], **keys}], **options)
     scale = keys.get("scale", 1.0)
     decay = options["weight_decay"] / scale
     theirs = torch.optim.AdamW([theirs_p], **{**options, "lr": options["lr"] * scale, "weight_decay": decay})
     for step in range(steps):
-        g = low_rank(shape, keys, axes, step).to(dtype)
+        g = low_rank(shape, keys, axes, step).to(device, dtype)
         ours_p.grad, theirs_p.grad = g, g.clone()
         ours.step()
         theirs.step()
@@ -110,17 +112,17 @@ ADAM = {"lr": 0.05, "eps": 0.01, "weight_decay": 0.1}
 
 @pytest.mark.parametrize("keys", ORDERED.values(), ids=ORDERED)
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-def test_gradients_along_axes_train_as_adamw(shape, keys):
+def test_gradients_along_axes_train_as_adamw(device, shape, keys):
     """Guards against any departure from AdamW's element: moments, corrections, eps, decay, and their rotation."""
-    follow_adamw(shape, torch.float64, {"rank": RANK, **keys}, ADAM, axes=True, tolerance=1e-9)
+    follow_adamw(device, shape, torch.float64, {"rank": RANK, **keys}, ADAM, axes=True, tolerance=1e-9)
 
 
 @pytest.mark.parametrize("sketch", ["warm", "plain", "half_power", "power"])
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-def test_one_column_trains_as_adamw(shape, sketch):
+def test_one_column_trains_as_adamw(device, shape, sketch):
     """Guards against the same in a basis of one column, which needs no order; AdamW's own eps."""
     keys = {"rank": 1, "sketch": sketch, "update_proj_gap": 2}
-    follow_adamw(shape, torch.float64, keys, {**ADAM, "eps": 1e-8}, axes=True, tolerance=1e-9)
+    follow_adamw(device, shape, torch.float64, keys, {**ADAM, "eps": 1e-8}, axes=True, tolerance=1e-9)
 
 
 @pytest.mark.parametrize(
@@ -132,13 +134,13 @@ def test_one_column_trains_as_adamw(shape, sketch):
     ids=str,
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_adamws_options_mean_what_they_mean_to_adamw(dtype, options):
+def test_adamws_options_mean_what_they_mean_to_adamw(device, dtype, options):
     """Guards against an argument of torch.optim.AdamW that projected groups read otherwise."""
     options = {**ADAM, "eps": 0.1, **options}
     # Quotients of rounding errors are bounded by eps alone; one column has none.
     keys = {"rank": RANK if options["eps"] > 1e-3 else 1, **ORDERED["oversampling"]}
     tolerance = 1e-3 if dtype == torch.float32 else 1e-9
-    follow_adamw((24, 16), dtype, keys, options, axes=True, tolerance=tolerance)
+    follow_adamw(device, (24, 16), dtype, keys, options, axes=True, tolerance=tolerance)
 
 
 # --- Steps linear in the gradient ------------------------------------------------------------------------
@@ -163,25 +165,27 @@ VAST = 1e12  # eps beside which the root of the second moment vanishes, in fp64 
 
 @pytest.mark.parametrize("keys", LINEAR.values(), ids=LINEAR)
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-def test_linear_steps_within_the_subspace_are_adamws(shape, keys):
+def test_linear_steps_within_the_subspace_are_adamws(device, shape, keys):
     """Guards against a projection, back-projection or rotation that loses part of the gradient it should keep."""
     options = {"lr": 0.05 * VAST, "eps": VAST, "weight_decay": 0.1 / VAST}
-    follow_adamw(shape, torch.float64, {"rank": RANK, **keys}, options, axes=False, tolerance=1e-9)
+    follow_adamw(device, shape, torch.float64, {"rank": RANK, **keys}, options, axes=False, tolerance=1e-9)
 
 
 @pytest.mark.parametrize("maximize", [False, True])
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-def test_linear_steps_of_fp32_weights_are_adamws(shape, maximize):
+def test_linear_steps_of_fp32_weights_are_adamws(device, shape, maximize):
     """Guards against the same in fp32, and in the other direction."""
     options = {"lr": 0.05 * VAST, "eps": VAST, "weight_decay": 0.1 / VAST, "maximize": maximize}
-    follow_adamw(shape, torch.float32, {"rank": RANK, "update_proj_gap": 2}, options, False, tolerance=1e-4)
+    follow_adamw(
+        device, shape, torch.float32, {"rank": RANK, "update_proj_gap": 2}, options, False, tolerance=1e-4
+    )
 
 
 # --- The readable step -------------------------------------------------------------------------------------
 
 
 class Readable:
-    """GaLoreAdamW of one parameter, written around the readable step: options by keyword, defaults its own."""
+    """GaLoreAdamW of one parameter on the CPU, around the readable step: options by keyword, defaults its own."""
 
     def __init__(self, p, key, *, lr, rank, gap=10, proj_type="std", projector="range_finder", tolerance=None,
                  betas=(0.9, 0.999), eps=1e-8, weight_decay=1e-2, **options):  # fmt: skip
@@ -240,31 +244,31 @@ class Readable:
         self.p.copy_(self.w.reshape(self.p.shape))
 
 
-def follow_readable(shapes, dtype, keys, options, tolerance, steps=7, strides=lambda x: x):
+def follow_readable(device, shapes, dtype, keys, options, tolerance, steps=7, strides=lambda x: x):
     """Trains a group of parameters and a `Readable` each and compares weights, bases' spans and clocks."""
-    params = [torch.nn.Parameter(strides(gradient(s, 99, dtype))) for s in shapes]
+    params = [torch.nn.Parameter(strides(gradient(s, 99, dtype, device=device))) for s in shapes]
     opt = GaLoreAdamW([{"params": params, "rank": RANK, **keys}], lr=0.05, eps=0.03, **options)
     renamed = {"gap" if k == "update_proj_gap" else k: v for k, v in keys.items()}
     readable, key = [], 0
     for p in params:
-        copy = p.detach().clone(memory_format=torch.contiguous_format)
+        copy = p.detach().cpu().clone(memory_format=torch.contiguous_format)
         readable.append(Readable(copy, key, lr=0.05, eps=0.03, **{"rank": RANK, **renamed, **options}))
         key += p.shape[0] if p.dim() == 3 else 1
-    initial = [p.detach().clone() for p in params]
+    initial = [p.detach().clone().cpu() for p in params]
     for step in range(steps):
         for p, r in zip(params_of(opt), readable, strict=True):
-            g = gradient(tuple(p.shape), step, dtype)
+            g = gradient_like(p, step)
             p.grad = strides(g)
-            r.step(g)
+            r.step(g.cpu())
         opt.step()
         for p, before, r in zip(params, initial, readable, strict=True):
             state = opt.state[p]
             moved = (r.p - before).double().norm()
-            assert (p.detach() - r.p).double().norm() <= tolerance * moved, step
+            assert (p.detach().cpu() - r.p).double().norm() <= tolerance * moved, step
             assert [state[k] for k in ("rank", "refreshes", "last_refresh")] == [
                 *(r.basis.shape[-1], r.refreshes, r.last)
             ]
-            ours, theirs = ((q @ q.mT) for q in (state["basis"].double(), r.basis.double()))
+            ours, theirs = ((q @ q.mT) for q in (state["basis"].cpu().double(), r.basis.double()))
             assert (ours - theirs).norm() <= 10 * tolerance * theirs.norm(), step
 
 
@@ -285,9 +289,9 @@ READABLE = {
 
 @pytest.mark.parametrize(("keys", "options"), READABLE.values(), ids=READABLE)
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-def test_trains_as_the_readable_step(same_sketch, shape, keys, options):
+def test_trains_as_the_readable_step(device, same_sketch, shape, keys, options):
     """Guards against sides, keys, clocks or options that the optimizer hands on wrongly."""
-    follow_readable([shape], torch.float64, keys, options, 1e-7)
+    follow_readable(device, [shape], torch.float64, keys, options, 1e-7)
 
 
 @pytest.mark.parametrize("kind", ["default", "gap", "oversampling", "svd", "tolerance"])
@@ -297,22 +301,23 @@ def test_trains_as_the_readable_step(same_sketch, shape, keys, options):
     [(torch.float32, 1e-3), (torch.bfloat16, 0.05), (torch.float16, 0.05)],
     ids=["fp32", "bf16", "fp16"],
 )
-def test_narrow_weights_train_as_the_readable_step(same_sketch, dtype, tolerance, shape, kind):
+def test_narrow_weights_train_as_the_readable_step(device, same_sketch, dtype, tolerance, shape, kind):
     """Guards against roundings that the formulae do not have: bases in the weight's dtype, moments in fp32."""
-    follow_readable([SHAPES[shape]], dtype, *READABLE[kind], tolerance)
+    follow_readable(device, [SHAPES[shape]], dtype, *READABLE[kind], tolerance)
 
 
 @pytest.mark.parametrize("kind", READABLE)
-def test_a_group_of_all_shapes_trains_as_the_readable_step(same_sketch, kind):
+def test_a_group_of_all_shapes_trains_as_the_readable_step(device, same_sketch, kind):
     """Guards against test matrices that two parameters share, or lists that lose their order."""
-    follow_readable(list(SHAPES.values()), torch.float64, *READABLE[kind], 1e-7)
+    follow_readable(device, list(SHAPES.values()), torch.float64, *READABLE[kind], 1e-7)
 
 
 @pytest.mark.parametrize("kind", ["default", "gap", "svd", "tolerance"])
 @pytest.mark.parametrize("shape", ["tall", "wide", "stack", "conv"])
-def test_transposed_memory_trains_as_the_readable_step(same_sketch, shape, kind):
+def test_transposed_memory_trains_as_the_readable_step(device, same_sketch, shape, kind):
     """Guards against strides of weights and gradients read as if contiguous."""
     follow_readable(
+        device,
         *([SHAPES[shape]], torch.float64, *READABLE[kind], 1e-7),
         strides=lambda x: x.transpose(0, -1).contiguous().transpose(0, -1),
     )

@@ -9,10 +9,12 @@ import pytest
 import torch
 from matrices import generator
 from test_projected_adamw import ADAM, LEFT, RIGHT, State
-from training import gradient, same, set_gradients
+from training import assert_same_on_a_cpu, gradient, same, set_gradients
 
 from galore_rrf import GaLoreAdamW, moments, reference
 from galore_rrf.ops import adamw_, dequantize_moment, projected_adamw_, quantize_moment
+
+pytestmark = pytest.mark.core
 
 STATE_DTYPES = [torch.float32, torch.bfloat16, torch.uint8]
 SHAPES = [
@@ -62,22 +64,22 @@ def test_codes_are_the_nearest(device, shape, kind, is_signed):
 
 
 @pytest.mark.parametrize(("is_signed", "near"), [(True, 0.0071), (False, 0.0036)])
-def test_error_of_the_codes(is_signed, near):
+def test_error_of_the_codes(device, is_signed, near):
     """Guards against the documented accuracy: of the largest of a block, and of itself in the upper decades."""
-    x = moment((256 * 200,), "decades", is_signed).view(-1, 256)
+    x = moment((256 * 200,), "decades", is_signed).to(device).view(-1, 256)
     codes, scale = quantize_moment(x, is_signed)
     relative = x / scale.unsqueeze(-1)
     off = (dequantize_moment(codes, scale, is_signed) - x).abs() / scale.unsqueeze(-1)
     assert float(off.max()) <= near
     for decade in range(1, 6):  # each with half as many codes as the one above it
         assert float(off[relative.abs() < 10.0**-decade].max()) <= near * 5.0**-decade
-    exact = torch.zeros(300)
+    exact = torch.zeros(300, device=device)
     exact[7] = 3.25
     codes, scale = quantize_moment(exact, is_signed)
     assert torch.equal(dequantize_moment(codes, scale, is_signed), exact)
 
 
-def test_the_values_are_those_of_the_paper():
+def test_the_values_are_those_of_the_paper(device):
     """Guards against a table of another data type: 256 values, ascending, 0 and 1 and seven decades."""
     for is_signed in (True, False):
         ends = torch.tensor([-1.0 if is_signed else 0.0, 1.0])
@@ -87,8 +89,8 @@ def test_the_values_are_those_of_the_paper():
         )
         pieces = x.abs() if not is_signed else x
         blocks = torch.cat((pieces.view(-1, 1).expand(-1, 2), torch.ones(len(x), 254)), 1)
-        codes, scale = quantize_moment(blocks, is_signed)
-        values = dequantize_moment(codes, scale, is_signed)[:, 0].unique()
+        codes, scale = quantize_moment(blocks.to(device), is_signed)
+        values = dequantize_moment(codes, scale, is_signed)[:, 0].unique().cpu()
         expected = reference.dynamic_code(is_signed)
         assert len(expected) == 256
         if is_signed:  # -1 is not among them: 1 has no partner
@@ -99,9 +101,9 @@ def test_the_values_are_those_of_the_paper():
 
 
 @pytest.mark.parametrize("is_signed", [True, False])
-def test_a_nan_spoils_its_block_alone(is_signed):
+def test_a_nan_spoils_its_block_alone(device, is_signed):
     """Guards against a NaN that vanishes in the maximum, or reaches other blocks."""
-    x = moment((1024,), "normal", is_signed)
+    x = moment((1024,), "normal", is_signed).to(device)
     x[300] = math.nan
     back = dequantize_moment(*quantize_moment(x, is_signed), is_signed)
     assert back[256:512].isnan().all()
@@ -109,9 +111,9 @@ def test_a_nan_spoils_its_block_alone(is_signed):
     assert back[512:].isfinite().all()
 
 
-def test_a_variance_does_not_vanish():
+def test_a_variance_does_not_vanish(device):
     """Guards against steps of mean / eps: a variance far below its block's largest, or beside an overflow."""
-    x = torch.tensor([1.0, 1e-12, 1e-30, 0.0, 3e-8])
+    x = torch.tensor([1.0, 1e-12, 1e-30, 0.0, 3e-8], device=device)
     back = dequantize_moment(*quantize_moment(x, False), False)
     assert torch.equal(back > 0, x > 0)
     x[0] = math.inf
@@ -121,36 +123,36 @@ def test_a_variance_does_not_vanish():
 
 
 @pytest.mark.parametrize("shape", [(64, 128), (256, 128)])
-def test_steps_of_quiet_rows_stay_small(shape):
+def test_steps_of_quiet_rows_stay_small(device, shape):
     """Guards against moments far below their block's largest: every step is a few learning rates at most."""
     for keys in ({}, {"rank": 32, "proj_type": "right"}):
-        w = torch.nn.Parameter(torch.zeros(shape))
+        w = torch.nn.Parameter(torch.zeros(shape, device=device))
         opt = GaLoreAdamW([{"params": [w], **keys, "state_dtype": torch.uint8}], lr=1e-3, weight_decay=0.0)
         before = w.detach().clone()
         for step in range(4):
-            w.grad = gradient(shape, step)
+            w.grad = gradient(shape, step, device=device)
             w.grad[1::2] *= 1e-4 if step == 0 else 0
             opt.step()
             assert float((w - before).detach().abs().max()) <= 1e-2
             before = w.detach().clone()
 
 
-def test_an_overflow_is_no_nan():
+def test_an_overflow_is_no_nan(device):
     """Guards against a block that one enormous gradient turns into NaN."""
     for keys in ({}, {"rank": 16}):
-        w = torch.nn.Parameter(torch.zeros(128, 256))
+        w = torch.nn.Parameter(torch.zeros(128, 256, device=device))
         opt = GaLoreAdamW([{"params": [w], **keys, "state_dtype": torch.uint8}])
         for step in range(3):
-            w.grad = gradient((128, 256), step)
+            w.grad = gradient((128, 256), step, device=device)
             w.grad[5, 7] = 5e19 if step == 1 else 0
             opt.step()
         assert w.isfinite().all()
 
 
 @pytest.mark.parametrize("kind", ["projected", "stack", "plain", "plain_stack", "tolerance"])
-def test_state_follows_the_key_and_the_weight(kind):
+def test_state_follows_the_key_and_the_weight(device, kind):
     """Guards against a state_dtype set while training that is read only after loading, or a model cast on."""
-    opt, w, small = make(kind, None, torch.float64)
+    opt, w, small = make(device, kind, None, torch.float64)
     for step, (state_dtype, dtype) in enumerate(
         [
             (torch.uint8, torch.float64),
@@ -171,16 +173,16 @@ def test_state_follows_the_key_and_the_weight(kind):
     assert w.isfinite().all()
 
 
-def test_coding_checks_its_arguments():
+def test_coding_checks_its_arguments(device):
     """Guards against a scale of another layout that is read beyond its end."""
-    codes, scale = quantize_moment(torch.ones(3, 20, 20), True)
+    codes, scale = quantize_moment(torch.ones(3, 20, 20, device=device), True)
     for bad in (scale.flatten(), scale[:2], scale.double()):
         with pytest.raises((ValueError, TypeError), match="scale"):
             dequantize_moment(codes, bad, True)
     with pytest.raises(TypeError, match="Byte codes"):
         dequantize_moment(codes.int(), scale, True)
     with pytest.raises(TypeError, match="floating-point"):
-        quantize_moment(torch.ones(3, dtype=torch.int32), True)
+        quantize_moment(torch.ones(3, dtype=torch.int32, device=device), True)
 
 
 @pytest.mark.parametrize("shape", [(300,), (3, 20, 20)])
@@ -215,7 +217,15 @@ class Plain:
             for i, p in enumerate(self.params)
         ]
 
+    def on_cpu(self):
+        """A copy where the reference runs."""
+        twin = copy.deepcopy(self)
+        twin.params = [p.cpu() for p in twin.params]
+        twin.moments = [{key: value.cpu() for key, value in state.items()} for state in twin.moments]
+        return twin
+
     def step(self, function, grads, **options):
+        grads = [g.to(p.device) for g, p in zip(grads, self.params, strict=True)]
         lists = [[state[name] for state in self.moments] for name in moments.NAMES]
         scales = [[moments.scale(state, name) for state in self.moments] for name in moments.NAMES]
         return function(self.params, grads, *lists, self.steps, *scales, **options)
@@ -234,14 +244,14 @@ def test_plain_step_equals_the_reference(device, dtype, state_dtype, arithmetic,
         pytest.skip("fp64 moments are of fp64 weights")
     tiles = {"shapes": ((70000,), (5,))} if arithmetic == "torch" and not options else {}
     mine = Plain(dtype, state_dtype, device, **tiles)
-    theirs = copy.deepcopy(mine)
+    theirs = mine.on_cpu()
     for number in range(4):
         grads = mine.grads(number)
         before = [g.clone() for g in grads]
         mine.step(adamw_, grads, **PLAIN, arithmetic=arithmetic, **options)
         assert all(torch.equal(g, b) for g, b in zip(grads, before, strict=True))
         theirs.step(reference.adamw_, grads, **PLAIN, arithmetic=arithmetic, **options)
-        for p, q in zip(mine.params, theirs.params, strict=True):
+        for p, q in zip((p.cpu() for p in mine.params), theirs.params, strict=True):
             accuracy = {torch.float64: 1e-6, torch.float32: 1e-5}.get(dtype, 2.0**-6)
             if state_dtype == torch.uint8:  # a rounding that falls the other way is the width of a code
                 off = (p.double() - q.double()).abs()
@@ -283,7 +293,7 @@ def projected(dtype, state_dtype, device="cpu"):
 
 def decoded(state, scales, name):
     return [
-        moments.values({name: m, f"{name}_scale": s}, name).double()
+        moments.values({name: m, f"{name}_scale": s}, name).cpu().double()
         for m, s in zip(getattr(state, f"{name}s"), scales[f"{name}_scales"], strict=True)
     ]
 
@@ -294,13 +304,14 @@ def decoded(state, scales, name):
 def test_projected_step_equals_the_reference(device, same_sketch, dtype, state_dtype, rotated):
     """Guards against codes read in another order than they were written, of a side, a stack or a refresh."""
     mine, my_scales = projected(dtype, state_dtype, device)
-    theirs, their_scales = copy.deepcopy((mine, my_scales))
+    theirs = mine.on_cpu()
+    their_scales = {name: [s.cpu().clone() for s in scales] for name, scales in my_scales.items()}
     for number, refresh in enumerate((0, -1, -1) if rotated == "keep" else (0, -1, 1, -1)):
         grads = mine.grads(number)
         given = None
         outcomes = mine.step(projected_adamw_, grads, refresh, moments=rotated, **my_scales)
         if rotated == "keep" and refresh >= 0:  # singular vectors have no sign
-            theirs.bases = [q.clone() for q in mine.bases]
+            theirs.bases = [q.cpu().clone() for q in mine.bases]
             given = [
                 g.to(q.dtype) @ q if side == RIGHT else q.mT @ g.to(q.dtype)
                 for g, q, side in zip(grads, mine.bases, mine.sides, strict=True)
@@ -309,7 +320,7 @@ def test_projected_step_equals_the_reference(device, same_sketch, dtype, state_d
             reference.projected_adamw_, grads, refresh, given, moments=rotated, **their_scales
         )
         assert outcomes == expected
-        for p, q in zip(mine.params, theirs.params, strict=True):
+        for p, q in zip((p.cpu() for p in mine.params), theirs.params, strict=True):
             off = (p.double() - q.double()).abs()
             assert float(off.max()) <= (0.03 if state_dtype != torch.float32 else 2.0**-6)
             assert float(off.mean()) <= 2e-3
@@ -340,7 +351,7 @@ def test_stack_is_coded_as_its_matrices(device, state_dtype):
         stack.step(projected_adamw_, grads, refresh, **kept[stack])
         singles.step(projected_adamw_, list(grads[0]), refresh, **kept[singles])
     for w, v in zip(stack.params[0], singles.params, strict=True):
-        assert torch.equal(w, v)
+        assert_same_on_a_cpu(w, v)
 
 
 # --- The optimizer ------------------------------------------------------------------------------------
@@ -356,10 +367,10 @@ KINDS = {
 }
 
 
-def make(kind, state_dtype, dtype=torch.float32):
+def make(device, kind, state_dtype, dtype=torch.float32):
     shape, keys = KINDS[kind]
-    w = torch.nn.Parameter(torch.randn(shape, generator=generator(3)).to(dtype))
-    small = torch.nn.Parameter(torch.randn(7, 5, generator=generator(4)).to(dtype))
+    w = torch.nn.Parameter(torch.randn(shape, generator=generator(3)).to(device, dtype))
+    small = torch.nn.Parameter(torch.randn(7, 5, generator=generator(4)).to(device, dtype))
     opt = GaLoreAdamW(
         [{"params": [("w", w), ("small", small)], **keys, "state_dtype": state_dtype}],
         lr=0.02,
@@ -371,9 +382,9 @@ def make(kind, state_dtype, dtype=torch.float32):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("state_dtype", STATE_DTYPES, ids=str)
 @pytest.mark.parametrize("kind", KINDS)
-def test_moments_are_kept_as_asked(kind, state_dtype, dtype):
+def test_moments_are_kept_as_asked(device, kind, state_dtype, dtype):
     """Guards against a dtype that is lost at a refresh, and codes of moments too small to be worth it."""
-    opt, w, small = make(kind, state_dtype, dtype)
+    opt, w, small = make(device, kind, state_dtype, dtype)
     keys = None
     for step in range(5):
         set_gradients([w, small], step)
@@ -391,11 +402,11 @@ def test_moments_are_kept_as_asked(kind, state_dtype, dtype):
 
 @pytest.mark.parametrize(("state_dtype", "allowed"), [(torch.bfloat16, 0.02), (torch.uint8, 0.05)], ids=str)
 @pytest.mark.parametrize("kind", KINDS)
-def test_trained_as_with_fp32_moments(kind, state_dtype, allowed):
+def test_trained_as_with_fp32_moments(device, kind, state_dtype, allowed):
     """Guards against moments spoilt where they are read, rotated or written: the updates stay nearly the same."""
-    exact, w, small = make(kind, None)
+    exact, w, small = make(device, kind, None)
     start = w.detach().clone()
-    opt, v, small_too = make(kind, state_dtype)
+    opt, v, small_too = make(device, kind, state_dtype)
     for step in range(12):
         set_gradients([w, small], step)
         set_gradients([v, small_too], step)
@@ -406,11 +417,11 @@ def test_trained_as_with_fp32_moments(kind, state_dtype, allowed):
 
 
 @pytest.mark.parametrize("kind", ["projected", "plain"])
-def test_bytes_of_the_state(kind):
+def test_bytes_of_the_state(device, kind):
     """Guards against codes beside which the full moments are kept: 8 bits and a sixty-fourth for the scale."""
     size = {}
     for state_dtype in (torch.float32, torch.bfloat16, torch.uint8):
-        opt, w, small = make(kind, state_dtype)
+        opt, w, small = make(device, kind, state_dtype)
         set_gradients([w, small], 0)
         opt.step()
         names = (*moments.NAMES, *moments.SCALES)
@@ -422,9 +433,9 @@ def test_bytes_of_the_state(kind):
 @pytest.mark.parametrize("state_dtype", STATE_DTYPES, ids=str)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_resumed_to_the_bit(kind, state_dtype, dtype):
+def test_resumed_to_the_bit(device, kind, state_dtype, dtype):
     """Guards against codes or scales that loading casts to the dtype of the weight."""
-    opt, w, small = make(kind, state_dtype, dtype)
+    opt, w, small = make(device, kind, state_dtype, dtype)
     for step in range(4):
         set_gradients([w, small], step)
         opt.step()
@@ -432,7 +443,7 @@ def test_resumed_to_the_bit(kind, state_dtype, dtype):
     torch.save({"opt": opt.state_dict(), "w": w.detach().clone(), "small": small.detach().clone()}, file)
     file.seek(0)
     saved = torch.load(file, weights_only=True)
-    resumed, v, small_too = make(kind, state_dtype, dtype)
+    resumed, v, small_too = make(device, kind, state_dtype, dtype)
     v.data.copy_(saved["w"])
     small_too.data.copy_(saved["small"])
     resumed.load_state_dict(saved["opt"])
@@ -447,30 +458,30 @@ def test_resumed_to_the_bit(kind, state_dtype, dtype):
 
 
 @pytest.mark.parametrize("strides", ["transposed", "channels_last"])
-def test_plain_weights_of_other_layouts(strides):
+def test_plain_weights_of_other_layouts(device, strides):
     """Guards against weights stepped in a copy that is thrown away."""
     shape = (60, 80) if strides == "transposed" else (20, 8, 6, 6)
-    w = torch.randn(shape, generator=generator(5))
+    w = torch.randn(shape, generator=generator(5)).to(device)
     moved = w.mT.contiguous().mT if strides == "transposed" else w.to(memory_format=torch.channels_last)
     assert not moved.is_contiguous()
     plain, other = torch.nn.Parameter(w.clone()), torch.nn.Parameter(moved)
     opts = [GaLoreAdamW([p], state_dtype=torch.uint8, lr=0.1) for p in (plain, other)]
     for step, (p, opt) in itertools.product(range(3), zip((plain, other), opts, strict=True)):
-        p.grad = gradient(shape, step)
+        p.grad = gradient(shape, step, device=device)
         opt.step()
     assert torch.equal(plain, other)
     assert not torch.equal(plain, w)
 
 
 @pytest.mark.parametrize("beta2", [0.9, 0.999])
-def test_plain_bf16_weights_with_fp32_moments_equal_torchs_in_fp32(beta2):
+def test_plain_bf16_weights_with_fp32_moments_equal_torchs_in_fp32(device, beta2):
     """Guards against moments rounded on their way: torch's AdamW on the weights in fp32, rounded once a step."""
-    w = torch.nn.Parameter(torch.randn(300, 40, generator=generator(6)).bfloat16())
+    w = torch.nn.Parameter(torch.randn(300, 40, generator=generator(6)).to(device).bfloat16())
     opt = GaLoreAdamW([w], lr=0.01, betas=(0.9, beta2), state_dtype=torch.float32)
     mirror = torch.nn.Parameter(w.detach().float())
     adamw = torch.optim.AdamW([mirror], lr=0.01, betas=(0.9, beta2))
     for step in range(6):
-        w.grad = gradient((300, 40), step, torch.bfloat16)
+        w.grad = gradient((300, 40), step, torch.bfloat16, device=device)
         mirror.grad = w.grad.float()
         opt.step()
         adamw.step()
@@ -499,11 +510,11 @@ def test_refused(keys, error, message):
 
 @pytest.mark.parametrize("name", ["amsgrad", "differentiable"])
 @pytest.mark.parametrize("keys", [{"state_dtype": torch.uint8}, {"rank": 3}], ids=str)
-def test_options_that_have_no_meaning_are_refused_later_too(keys, name):
+def test_options_that_have_no_meaning_are_refused_later_too(device, keys, name):
     """Guards against an option set while training that is dropped in silence."""
-    w = torch.nn.Parameter(torch.zeros(9, 9))
+    w = torch.nn.Parameter(torch.zeros(9, 9, device=device))
     opt = GaLoreAdamW([{"params": [w], **keys}])
-    w.grad = gradient((9, 9), 0)
+    w.grad = gradient((9, 9), 0, device=device)
     opt.step()
     before = w.detach().clone()
     opt.param_groups[0][name] = True
@@ -512,33 +523,36 @@ def test_options_that_have_no_meaning_are_refused_later_too(keys, name):
     assert torch.equal(w, before)
 
 
-def test_sparse_and_complex_are_refused():
+def test_sparse_and_complex_are_refused(device):
     """Guards against a crash in the operator, or half a step."""
     with pytest.raises(TypeError, match="complex64"):
-        GaLoreAdamW([torch.nn.Parameter(torch.zeros(99, 99, dtype=torch.complex64))], state_dtype=torch.uint8)
-    p = torch.nn.Parameter(torch.zeros(99, 99))
+        GaLoreAdamW(
+            [torch.nn.Parameter(torch.zeros(99, 99, dtype=torch.complex64, device=device))],
+            state_dtype=torch.uint8,
+        )
+    p = torch.nn.Parameter(torch.zeros(99, 99, device=device))
     opt = GaLoreAdamW([p], state_dtype=torch.uint8)
-    p.grad = torch.ones(99, 99).to_sparse()
+    p.grad = torch.ones(99, 99, device=device).to_sparse()
     with pytest.raises(RuntimeError, match="sparse"):
         opt.step()
     assert not opt.state[p]
 
 
-def test_scaled_gradients_are_unscaled_and_skipped():
+def test_scaled_gradients_are_unscaled_and_skipped(device):
     """Guards against GradScaler with fused=True, which leaves both to the optimizer."""
-    opt, w, small = make("plain", torch.uint8)
-    mirror, v, small_too = make("plain", torch.uint8)
+    opt, w, small = make(device, "plain", torch.uint8)
+    mirror, v, small_too = make(device, "plain", torch.uint8)
     for o in (opt, mirror):
         o.param_groups[0]["fused"] = True
     set_gradients([w, small], 0)
     set_gradients([v, small_too], 0)
     w.grad *= 8
     small.grad *= 8
-    opt.grad_scale, opt.found_inf = torch.tensor(8.0), torch.tensor(0.0)
+    opt.grad_scale, opt.found_inf = torch.tensor(8.0, device=device), torch.tensor(0.0, device=device)
     opt.step()
     mirror.step()
     assert torch.equal(w, v)
-    opt.found_inf = torch.tensor(1.0)
+    opt.found_inf = torch.tensor(1.0, device=device)
     before = w.detach().clone()
     set_gradients([w, small], 1)
     opt.step()

@@ -5,18 +5,17 @@ import os
 import subprocess
 import sys
 import time
-import warnings
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch.optim import AdamW
 from training import (
     KINDS,
+    assert_same_on_a_cpu,
     bias,
     check_state,
     gradient,
+    gradient_like,
     optimizer,
     same,
     saved_and_loaded,
@@ -26,6 +25,8 @@ from training import (
 
 from galore_rrf import GaLoreAdamW, ops
 from galore_rrf.subspace import SCHEMA_VERSION, as_matrices
+
+pytestmark = pytest.mark.core
 
 SHAPES = [(7, 5), (5,), (2, 3, 4), (), (6, 8)]
 
@@ -69,9 +70,9 @@ def test_plain_groups_equal_torch_adamw(options, dtype, device):
         assert same(dict(ours.state[p]), dict(theirs.state[q]))
 
 
-def test_plain_complex_parameters_equal_torch_adamw():
+def test_plain_complex_parameters_equal_torch_adamw(device):
     """Guards against plain groups refusing complex weights, which torch.optim.AdamW takes."""
-    a, b = (torch.nn.Parameter(torch.ones(3, 2, dtype=torch.complex64)) for _ in range(2))
+    a, b = (torch.nn.Parameter(torch.ones(3, 2, dtype=torch.complex64, device=device)) for _ in range(2))
     ours, theirs = GaLoreAdamW([a]), AdamW([b])
     for p, opt in ((a, ours), (b, theirs)):
         p.grad = torch.full_like(p, 0.3 + 0.2j)
@@ -80,9 +81,9 @@ def test_plain_complex_parameters_equal_torch_adamw():
 
 
 @pytest.mark.parametrize("options", [PLAIN[k] for k in PLAIN if k != "amsgrad"])
-def test_plain_group_beside_a_projected_one_equals_torch_adamw(options):
+def test_plain_group_beside_a_projected_one_equals_torch_adamw(device, options):
     """Guards against the projected group's keys reaching its neighbour."""
-    a, b, w = tensors(torch.float32, "cpu"), tensors(torch.float32, "cpu"), weight("default")
+    a, b, w = tensors(torch.float32, device), tensors(torch.float32, device), weight("default", device)
     ours, theirs = GaLoreAdamW([{"params": [w], "rank": 4}, {"params": a}], **options), AdamW(b, **options)
     train(ours, [w, *a], range(4))
     train(theirs, b, range(4))
@@ -90,20 +91,23 @@ def test_plain_group_beside_a_projected_one_equals_torch_adamw(options):
 
 
 @pytest.mark.parametrize("side", [4, 6, 1])
-def test_matrices_no_larger_than_the_rank_are_plain(side):
+def test_matrices_no_larger_than_the_rank_are_plain(device, side):
     """Guards against projecting what has nothing to gain; vectors and scalars likewise."""
     shapes = [(side, 9), (9, side), (6, 6), (9,), ()]
-    a, b = tensors(torch.float32, "cpu", shapes), tensors(torch.float32, "cpu", shapes)
+    a, b = tensors(torch.float32, device, shapes), tensors(torch.float32, device, shapes)
     ours, theirs = GaLoreAdamW([{"params": a, "rank": 6}]), AdamW(b)
     train(ours, a, range(3))
     train(theirs, b, range(3))
     assert same([p.detach() for p in a], [p.detach() for p in b])
 
 
-def test_closure_runs_with_gradients_and_its_value_is_returned():
+def test_closure_runs_with_gradients_and_its_value_is_returned(device):
     """Guards against a closure under no_grad, whose backward would fail."""
-    w, v = torch.nn.Parameter(torch.ones(12, 10)), torch.nn.Parameter(torch.ones(12, 10))
-    ours = GaLoreAdamW([{"params": [w]}, {"params": [weight("default")], "rank": 4}])
+    w, v = (
+        torch.nn.Parameter(torch.ones(12, 10, device=device)),
+        torch.nn.Parameter(torch.ones(12, 10, device=device)),
+    )
+    ours = GaLoreAdamW([{"params": [w]}, {"params": [weight("default", device)], "rank": 4}])
     theirs = AdamW([v])
 
     def closure(p, opt):
@@ -120,15 +124,15 @@ def test_closure_runs_with_gradients_and_its_value_is_returned():
     assert same(w.detach(), v.detach())
 
 
-def test_differentiable_plain_step_is_differentiable_as_torchs():
+def test_differentiable_plain_step_is_differentiable_as_torchs(device):
     """Guards against a step that cannot be differentiated though `differentiable` was accepted."""
     results = []
     for cls in (GaLoreAdamW, AdamW):
-        leaf = torch.linspace(1, 2, 6, requires_grad=True)
+        leaf = torch.linspace(1, 2, 6, requires_grad=True, device=device)
         p = leaf * 2
         p.retain_grad()
         opt = cls([p], lr=0.1, differentiable=True)
-        p.grad = torch.linspace(-1, 1, 6)
+        p.grad = torch.linspace(-1, 1, 6, device=device)
         opt.step()
         (p**2).sum().backward()
         results.append(leaf.grad)
@@ -137,10 +141,10 @@ def test_differentiable_plain_step_is_differentiable_as_torchs():
 
 
 @pytest.mark.parametrize("there_and_back", [False, True])
-def test_plain_state_dict_moves_to_torch_adamw_and_back(there_and_back):
+def test_plain_state_dict_moves_to_torch_adamw_and_back(device, there_and_back):
     """Guards against checkpoints of AdamW, or for it, that change the run."""
     first, second = (AdamW, GaLoreAdamW) if not there_and_back else (GaLoreAdamW, AdamW)
-    a, b = tensors(torch.float32, "cpu"), tensors(torch.float32, "cpu")
+    a, b = tensors(torch.float32, device), tensors(torch.float32, device)
     one = first(a, lr=0.03, weight_decay=0.1)
     train(one, a, range(4))
     for p, q in zip(a, b, strict=True):
@@ -171,16 +175,16 @@ def test_number_of_refreshes(gap, steps, projector, device):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_subspace_changes_at_a_refresh_alone(kind):
+def test_subspace_changes_at_a_refresh_alone(device, kind):
     """Guards against a basis that drifts between refreshes, or does not change at one."""
-    w, b = weight(kind), bias()
+    w, b = weight(kind, device), bias(device)
     opt = optimizer(kind, w, b)
     gap = opt.param_groups[0]["update_proj_gap"]
     train(opt, [w, b], range(gap))
     before = opt.state[w]["basis"].clone()
     if gap > 1:
-        copy = weight(kind)
-        again = optimizer(kind, copy, bias())
+        copy = weight(kind, device)
+        again = optimizer(kind, copy, bias(device))
         train(again, [copy], range(1))
         assert same(again.state[copy]["basis"], before)
     train(opt, [w, b], [gap])
@@ -188,9 +192,9 @@ def test_subspace_changes_at_a_refresh_alone(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_update_lies_in_the_subspace(kind):
+def test_update_lies_in_the_subspace(device, kind):
     """Guards against a back-projection with the wrong basis or on the wrong side."""
-    w, b = weight(kind), bias()
+    w, b = weight(kind, device), bias(device)
     opt = optimizer(kind, w, b, weight_decay=0.0)
     before = w.detach().clone()
     train(opt, [w, b], [0])
@@ -264,7 +268,7 @@ def test_rotated_moments_follow_the_rule(device):
     train(opt, [w], [3])
     q = opt.state[w]["basis"].double()
     s = q.mT @ old["basis"]
-    r = gradient(tuple(w.shape), 3, device=device).double() @ q
+    r = gradient_like(w, 3).double() @ q
     m = old["exp_avg"] @ s.mT
     torch.testing.assert_close(opt.state[w]["exp_avg"].double(), 0.9 * m + 0.1 * r, rtol=1e-4, atol=1e-5)
     c1, c2 = 1 - 0.9**3, 1 - 0.999**3
@@ -275,29 +279,29 @@ def test_rotated_moments_follow_the_rule(device):
 
 
 @pytest.mark.parametrize("moments", ["rotate", "keep"])
-def test_kept_moments_stay_as_they_are(moments):
+def test_kept_moments_stay_as_they_are(device, moments):
     """Guards against `keep` rotating, or `rotate` keeping: without a gradient's share they tell apart."""
-    w = weight("default")
+    w = weight("default", device)
     group = {"params": [w], "rank": 6, "update_proj_gap": 50, "moments": moments, "sketch": "half_power"}
     opt = GaLoreAdamW([group], betas=(0.9, 0.999))
     train(opt, [w], range(50))
     old = opt.state[w]["exp_avg"].clone()
     train(opt, [w], [50])
-    r = gradient(tuple(w.shape), 50) @ opt.state[w]["basis"]
+    r = gradient_like(w, 50) @ opt.state[w]["basis"]
     kept = torch.allclose(opt.state[w]["exp_avg"], 0.9 * old + 0.1 * r, rtol=1e-4, atol=1e-5)
     assert kept == (moments == "keep")
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_maximize_mirrors_minimize(kind):
+def test_maximize_mirrors_minimize(device, kind):
     """Guards against a refresh or a moment with the sign of the other direction."""
     weights = []
     for maximize in (False, True):
-        w, b = weight(kind), bias()
+        w, b = weight(kind, device), bias(device)
         opt = optimizer(kind, w, b, maximize=maximize)
         for step in range(7):
             sign = -1 if maximize else 1
-            w.grad = sign * gradient(tuple(w.shape), step, w.dtype)
+            w.grad = sign * gradient_like(w, step)
             opt.step()
         weights.append(w.detach().clone())
     torch.testing.assert_close(*weights, rtol=1e-4, atol=1e-5)
@@ -323,39 +327,39 @@ def test_fixed_subspace_is_adamw_on_the_projected_gradient(device):
 # --- Tolerance ----------------------------------------------------------------------------------------
 
 
-def spectrum_gradient(shape, decay, seed):
+def spectrum_gradient(shape, decay, seed, device):
     """A gradient with known singular values."""
     generator = torch.Generator().manual_seed(seed)
     k = min(shape[-2:])
     u = torch.linalg.qr(torch.randn(*shape[:-1], k, generator=generator))[0]
     v = torch.linalg.qr(torch.randn(*shape[:-2], shape[-1], k, generator=generator))[0]
-    return (u * decay ** torch.arange(k, dtype=torch.float32)) @ v.mT
+    return ((u * decay ** torch.arange(k, dtype=torch.float32)) @ v.mT).to(device)
 
 
 def best_rank(g, tolerance):
     """The smallest rank within the tolerance."""
-    s2 = torch.linalg.svdvals(g.double()) ** 2
+    s2 = torch.linalg.svdvals(g.cpu().double()) ** 2
     tails = torch.cat([s2.flip(-1).cumsum(-1).flip(-1)[..., 1:], s2.new_zeros(*s2.shape[:-1], 1)], -1)
     return int((tails > tolerance**2 * s2.sum(-1, keepdim=True)).sum(-1).max()) + 1
 
 
 def relative_residual(g, q, side):
-    a = (g.mT if side == 0 else g).double()
-    q = q.double()
+    a = (g.mT if side == 0 else g).cpu().double()
+    q = q.cpu().double()
     return float(((a - q @ (q.mT @ a)).flatten(-2).norm(dim=-1) / a.flatten(-2).norm(dim=-1)).max())
 
 
 @pytest.mark.parametrize("proj_type", ["std", "reverse_std", "left", "right"])
 @pytest.mark.parametrize("shape", [(150, 110), (110, 150), (3, 80, 70)], ids=str)
 @pytest.mark.parametrize("tolerance", [0.3, 0.05])
-def test_tolerance_is_met_with_nearly_the_smallest_rank(tolerance, shape, proj_type):
+def test_tolerance_is_met_with_nearly_the_smallest_rank(device, tolerance, shape, proj_type):
     """Guards against a rank too small for the tolerance, or wastefully large."""
-    w = torch.nn.Parameter(torch.zeros(shape))
+    w = torch.nn.Parameter(torch.zeros(shape, device=device))
     cap = min(shape[-2:]) - 5
     group = {"params": [w], "rank": cap, "tolerance": tolerance, "update_proj_gap": 1, "proj_type": proj_type}
     opt = GaLoreAdamW([group])
     for step, decay in enumerate((0.88, 0.8)):
-        g = spectrum_gradient(shape, decay, step)
+        g = spectrum_gradient(shape, decay, step, device)
         w.grad = g.clone()
         opt.step()
         state = opt.state[w]
@@ -365,26 +369,26 @@ def test_tolerance_is_met_with_nearly_the_smallest_rank(tolerance, shape, proj_t
         assert relative_residual(g, state["basis"], state["side"]) <= tolerance * (1 + 1e-4)
 
 
-def test_tolerance_stops_at_the_cap():
+def test_tolerance_stops_at_the_cap(device):
     """Guards against a state larger than the rank cap."""
-    w = torch.nn.Parameter(torch.zeros(40, 30))
+    w = torch.nn.Parameter(torch.zeros(40, 30, device=device))
     opt = GaLoreAdamW([{"params": [w], "rank": 7, "tolerance": 0.01}])
-    w.grad = spectrum_gradient((40, 30), 0.99, 0)
+    w.grad = spectrum_gradient((40, 30), 0.99, 0, device)
     opt.step()
     assert opt.state[w]["rank"] == 7
     check_state(w, opt.state[w], 7)
 
 
 @pytest.mark.parametrize("shape", [(60, 40), (40, 60)], ids=str)
-def test_moments_are_rotated_into_another_rank(shape):
+def test_moments_are_rotated_into_another_rank(device, shape):
     """Guards against moments lost or misread where the rank changes."""
-    w = torch.nn.Parameter(torch.zeros(shape))
+    w = torch.nn.Parameter(torch.zeros(shape, device=device))
     opt = GaLoreAdamW([{"params": [w], "rank": 30, "tolerance": 0.1, "update_proj_gap": 2}])
     for step in range(2):
-        w.grad = spectrum_gradient(shape, 0.85, step)
+        w.grad = spectrum_gradient(shape, 0.85, step, device)
         opt.step()
     old = {k: v.double() for k, v in opt.state[w].items() if isinstance(v, torch.Tensor)}
-    w.grad = spectrum_gradient(shape, 0.7, 3)
+    w.grad = spectrum_gradient(shape, 0.7, 3, device)
     opt.step()
     state = opt.state[w]
     assert state["rank"] != old["basis"].shape[1]
@@ -402,12 +406,12 @@ def test_moments_are_rotated_into_another_rank(shape):
 
 @pytest.mark.parametrize("zero", [False, True], ids=["gradient", "zero_gradient"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_state_has_its_keys_from_the_first_step(kind, zero):
+def test_state_has_its_keys_from_the_first_step(device, kind, zero):
     """Guards against a state whose keys or types depend on what happened (checkpoints rely on them)."""
-    w, b = weight(kind), bias()
+    w, b = weight(kind, device), bias(device)
     opt = optimizer(kind, w, b)
     for step in range(5):
-        w.grad = torch.zeros_like(w) if zero else gradient(tuple(w.shape), step, w.dtype)
+        w.grad = torch.zeros_like(w) if zero else gradient_like(w, step)
         opt.step()
         check_state(w, opt.state[w], 6)
         assert (opt.state[w]["refreshes"] == 0) == zero
@@ -417,40 +421,43 @@ def test_state_has_its_keys_from_the_first_step(kind, zero):
         assert not opt.state[w]["basis"].any()
 
 
-def test_state_key_is_the_position_among_all_matrices():
+def test_state_key_is_the_position_among_all_matrices(device):
     """Guards against two matrices that share a test matrix, stacks included."""
-    a, b, c = (torch.nn.Parameter(torch.zeros(s)) for s in [(3, 12, 10), (12, 10), (10, 12)])
+    a, b, c = (torch.nn.Parameter(torch.zeros(s, device=device)) for s in [(3, 12, 10), (12, 10), (10, 12)])
     opt = GaLoreAdamW(
-        [{"params": [a, torch.nn.Parameter(torch.zeros(3))], "rank": 4}, {"params": [b, c], "rank": 4}]
+        [
+            {"params": [a, torch.nn.Parameter(torch.zeros(3, device=device))], "rank": 4},
+            {"params": [b, c], "rank": 4},
+        ]
     )
     train(opt, [c], [0])
     train(opt, [a, b, c], [1])
     assert [opt.state[p]["key"] for p in (a, b, c)] == [0, 4, 5]
 
 
-def test_matrices_of_a_stack_are_trained_as_if_alone():
+def test_matrices_of_a_stack_are_trained_as_if_alone(device):
     """Guards against a stack whose matrices hear each other."""
-    stack = weight("stack")
+    stack = weight("stack", device)
     opt = GaLoreAdamW([{"params": [stack], "rank": 6, "update_proj_gap": 3}], lr=0.05)
     singles = [torch.nn.Parameter(x.clone()) for x in stack.detach()]
     alone = GaLoreAdamW([{"params": singles, "rank": 6, "update_proj_gap": 3}], lr=0.05)
     for step in range(7):
-        stack.grad = gradient(tuple(stack.shape), step)
+        stack.grad = gradient_like(stack, step)
         for p, g in zip(singles, stack.grad, strict=True):
             p.grad = g.clone()
         opt.step()
         alone.step()
-    assert same(stack.detach(), torch.stack([p.detach() for p in singles]))
+    assert_same_on_a_cpu(stack.detach(), torch.stack([p.detach() for p in singles]))
 
 
 @pytest.mark.parametrize("seed", [0, 5])
-def test_seed_decides_and_the_global_generator_is_left_alone(seed):
+def test_seed_decides_and_the_global_generator_is_left_alone(device, seed):
     """Guards against results that depend on torch.manual_seed, or that disturb it."""
     results = []
     for global_seed, own in ((1, seed), (2, seed), (1, seed + 1)):
         torch.manual_seed(global_seed)
         before = torch.get_rng_state()
-        w = weight("default")
+        w = weight("default", device)
         opt = GaLoreAdamW([{"params": [w], "rank": 6, "seed": own, "update_proj_gap": 2}])
         train(opt, [w], range(4))
         assert torch.equal(torch.get_rng_state(), before)
@@ -460,9 +467,9 @@ def test_seed_decides_and_the_global_generator_is_left_alone(seed):
 
 
 @pytest.mark.parametrize("keys", [{}, {"projector": "svd"}, {"tolerance": 0.3}], ids=str)
-def test_refresh_seconds_grow_with_refreshes_alone(keys):
+def test_refresh_seconds_grow_with_refreshes_alone(device, keys):
     """Guards against a clock that misses a kind of refresh, runs without one, or ends up in the state."""
-    w = weight("default")
+    w = weight("default", device)
     opt = GaLoreAdamW([{"params": [w], "rank": 6, "update_proj_gap": 3, **keys}])
     assert opt.refresh_seconds == 0
     seconds = []
@@ -478,63 +485,20 @@ def test_refresh_seconds_grow_with_refreshes_alone(keys):
     assert not any("seconds" in key for key in opt.state[w])
 
 
-def test_noncontiguous_weights_and_gradients():
+def test_noncontiguous_weights_and_gradients(device):
     """Guards against strides read as if contiguous."""
-    w = weight("default")
+    w = weight("default", device)
     t = torch.nn.Parameter(w.detach().t().contiguous().t())
     assert not t.is_contiguous()
     results = []
     for p in (w, t):
         opt = GaLoreAdamW([{"params": [p], "rank": 6, "update_proj_gap": 2}], lr=0.05)
         for step in range(5):
-            g = gradient(tuple(p.shape), step)
+            g = gradient_like(p, step)
             p.grad = g if p is w else g.t().contiguous().t()
             opt.step()
         results.append(p.detach().clone())
     torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
-
-
-OPTIONS = st.fixed_dictionaries(
-    {"rank": st.integers(1, 12)},
-    optional={
-        "update_proj_gap": st.integers(1, 4),
-        "scale": st.floats(0, 2),
-        "proj_type": st.sampled_from(["std", "reverse_std", "left", "right"]),
-        "projector": st.sampled_from(["range_finder", "svd"]),
-        "sketch": st.sampled_from(["warm", "plain", "half_power", "power"]),
-        "power": st.integers(0, 2),
-        "oversampling": st.integers(0, 20),
-        "moments": st.sampled_from(["rotate", "keep"]),
-        "nonfinite": st.sampled_from(["skip", "raise"]),
-        "seed": st.integers(0, 2**63 - 1),
-        "arithmetic": st.sampled_from(["torch", "galore_torch"]),
-        "preset": st.sampled_from([None, "default", "published"]),
-    },
-)
-
-
-@settings(max_examples=25, deadline=None, derandomize=True)
-@given(
-    keys=OPTIONS,
-    tolerance=st.none() | st.floats(0.01, 0.9),
-    shape=st.lists(st.integers(1, 12), min_size=2, max_size=4).map(tuple),
-    dtype=st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.float16]),
-)
-def test_any_valid_options_train(keys, tolerance, shape, dtype):
-    """Guards against a combination of options that crashes or leaves a state out of shape."""
-    if tolerance is not None:
-        keys = {**keys, "tolerance": tolerance, "projector": "range_finder", "moments": "rotate"}
-    p = torch.nn.Parameter(torch.ones(shape, dtype=dtype))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # kept moments with frequent refreshes
-        opt = GaLoreAdamW([{"params": [p], **keys}], eps=1e-4)  # within fp16
-    p.grad = torch.zeros_like(p)
-    opt.step()
-    train(opt, [p], range(4))
-    assert p.isfinite().all()
-    if "basis" in opt.state[p]:
-        check_state(p, opt.state[p], keys["rank"])
-        assert opt.state[p]["refreshes"] > 0
 
 
 # --- Memory -------------------------------------------------------------------------------------------
@@ -578,9 +542,9 @@ def test_refresh_without_memory_keeps_the_old_subspace(sketch):
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError, MemoryError])
-def test_tolerance_refresh_without_memory_keeps_the_old_subspace(error, monkeypatch):
+def test_tolerance_refresh_without_memory_keeps_the_old_subspace(device, error, monkeypatch):
     """Guards against the same outside the step operator, where ranks change (the failure is feigned)."""
-    w, b = weight("tolerance"), bias()
+    w, b = weight("tolerance", device), bias(device)
     opt = optimizer("tolerance", w, b)
     train(opt, [w, b], range(3))
     state = opt.state[w]
@@ -603,20 +567,20 @@ def test_tolerance_refresh_without_memory_keeps_the_old_subspace(error, monkeypa
 # --- Learning -----------------------------------------------------------------------------------------
 
 
-def final_loss(make, steps=200):
+def final_loss(make, device, steps=200):
     """Of a small MLP that learns another one."""
     generator = torch.Generator().manual_seed(0)
 
     def mlp():
         sizes = [(48, 96), (96, 32)]
-        return [torch.randn(m, n, generator=generator) / m**0.5 for m, n in sizes]
+        return [torch.randn(m, n, generator=generator).to(device) / m**0.5 for m, n in sizes]
 
     def forward(x, weights):
         return torch.tanh(x @ weights[0]) @ weights[1]
 
     teacher, student = mlp(), [torch.nn.Parameter(w) for w in mlp()]
     opt = make(student)
-    x = torch.randn(256, 48, generator=generator)
+    x = torch.randn(256, 48, generator=generator).to(device)
     y = forward(x, teacher)
     for _ in range(steps):
         opt.zero_grad()
@@ -626,15 +590,15 @@ def final_loss(make, steps=200):
     return loss.item()
 
 
-def test_default_learns_and_kept_moments_with_fresh_sketches_do_not():
+def test_default_learns_and_kept_moments_with_fresh_sketches_do_not(device):
     """Guards against subspaces or moments that are handled plausibly and do not train."""
 
     def galore(**keys):
         return lambda params: GaLoreAdamW([{"params": params, "rank": 8, **keys}], lr=1e-2, weight_decay=0.0)
 
-    full = final_loss(lambda params: AdamW(params, lr=1e-2, weight_decay=0.0))
-    default = final_loss(galore())
+    full = final_loss(lambda params: AdamW(params, lr=1e-2, weight_decay=0.0), device)
+    default = final_loss(galore(), device)
     with pytest.warns(UserWarning, match="keep"):
-        kept = final_loss(galore(sketch="plain", update_proj_gap=1, moments="keep"))
+        kept = final_loss(galore(sketch="plain", update_proj_gap=1, moments="keep"), device)
     assert default < 10 * full
     assert kept > 2 * default

@@ -8,6 +8,8 @@ from matrices import UNIT_ROUNDOFF, assert_orthonormal, gaussian, generator, lay
 
 from galore_rrf import ops, reference
 
+pytestmark = pytest.mark.core
+
 METHODS = ["householder", "cholesky_qr", "gram_schmidt"]
 DTYPES = [torch.float32, torch.float64]
 SHAPES = [(40, 7), (7, 40), (12, 12), (1, 1), (30, 1), (1, 5), (300, 33), (520, 64)]
@@ -517,7 +519,7 @@ def test_autograd(device, op, kind, options):
         op(*arguments, **options)
 
 
-def test_compile():
+def test_compile(device):
     """Guards against a graph break in any of the building blocks."""
 
     def blocks(panel, a):
@@ -527,7 +529,7 @@ def test_compile():
         u, sigma, y = ops.svd_of_product(ops.explicit_basis(v, t), r.mT @ r @ panel.mT)
         return ops.apply_block_reflector(v, t, a, transpose=True), w @ s, (u * sigma) @ y.mT
 
-    panel, a = gaussian(12, 4), gaussian(12, 7, 1)
+    panel, a = gaussian(12, 4).to(device), gaussian(12, 7, 1).to(device)
     expected = blocks(panel, a)
     torch._dynamo.reset()
     for x, y in zip(
@@ -537,11 +539,11 @@ def test_compile():
 
 
 @pytest.mark.parametrize(("op", "kind", "options"), CALLS.values(), ids=CALLS)
-def test_autocast_does_not_reach_inside(op, kind, options):
+def test_autocast_does_not_reach_inside(device, op, kind, options):
     """Guards against products in half precision inside an orthogonalisation."""
-    arguments = inputs(kind, (9, 4), torch.float32, "cpu")
+    arguments = inputs(kind, (9, 4), torch.float32, device)
     expected = op(*arguments, **options)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(device.type, dtype=torch.bfloat16):
         found = op(*arguments, **options)
     for x, y in zip(*((z,) if isinstance(z, torch.Tensor) else z for z in (found, expected)), strict=True):
         assert torch.equal(x, y)

@@ -6,6 +6,8 @@ from torch import nn
 
 from galore_rrf import GaLoreAdamW, param_groups
 
+pytestmark = pytest.mark.core
+
 
 class Block(nn.Module):
     def __init__(self):

@@ -19,6 +19,8 @@ from matrices import UNIT_ROUNDOFF, assert_orthonormal, generator, layout
 from galore_rrf import reference
 from galore_rrf.ops import projected_adamw_, rotate_moments
 
+pytestmark = pytest.mark.core
+
 SKIPPED, DECAYED, STEPPED, REFRESHED = range(4)
 RIGHT, LEFT = 0, 1
 ADAM = {"lr": 0.1, "beta1": 0.9, "beta2": 0.95, "eps": 0.03, "weight_decay": 0.2, "scale": 0.5}
@@ -81,15 +83,25 @@ class State:
             refreshes = [refreshes] * len(self.params)
         if function is projected_adamw_:
             options.setdefault("asynchronous", self.asynchronous)
+        device = self.params[0].device
+        grads = [g.to(device) for g in grads]
+        coefficients = [r if r is None else r.to(device) for r in coefficients or [None] * len(grads)]
         with torch.no_grad():
             return function(
                 self.params, grads, self.exp_avgs, self.exp_avg_sqs, self.bases, self.steps,
-                coefficients or [None] * len(self.params), self.sides, self.keys, refreshes,
+                coefficients, self.sides, self.keys, refreshes,
                 **{**ADAM, "seed": 5, **options},
             ).tolist()  # fmt: skip
 
     def copy(self):
         return copy.deepcopy(self)
+
+    def on_cpu(self):
+        """A copy where the reference runs."""
+        twin = self.copy()
+        for name, tensors in self.lists().items():
+            setattr(twin, name, [t.cpu().clone() for t in tensors])
+        return twin
 
 
 def project(g, q, side):
@@ -101,12 +113,14 @@ def assert_equal(x: State, y: State, accuracy=0.0, weight_accuracy=None, lists=N
     for name in lists or x.lists():
         tolerance = weight_accuracy if name == "params" and weight_accuracy is not None else accuracy
         for a, b in zip(getattr(x, name), getattr(y, name), strict=True):
-            torch.testing.assert_close(a, b, rtol=0, atol=tolerance, msg=lambda m, name=name: f"{name}: {m}")
+            torch.testing.assert_close(
+                a.cpu(), b.cpu(), rtol=0, atol=tolerance, msg=lambda m, name=name: f"{name}: {m}"
+            )
 
 
 def follow(mine: State, accuracy, weight_accuracy=None, schedule=(0, -1, 1, -1, 2), **options):
     """Steps both and compares after every step."""
-    theirs = mine.copy()
+    theirs = mine.on_cpu()
     for number, refresh in enumerate(schedule):
         grads = mine.grads(number)
         before = [g.clone() for g in grads]
@@ -116,17 +130,17 @@ def follow(mine: State, accuracy, weight_accuracy=None, schedule=(0, -1, 1, -1, 
         if options.get("moments") == "keep" and refresh >= 0:
             probe = theirs.copy()
             probe.step(reference.projected_adamw_, grads, refresh, **options)
-            for q, p in zip(mine.bases, probe.bases, strict=True):
+            for q, p in zip((q.cpu() for q in mine.bases), probe.bases, strict=True):
                 signs = (q * p).sum(-2, keepdim=True).sign()
                 torch.testing.assert_close(q * signs, p, rtol=0, atol=max(accuracy, 1e-9))
-            theirs.bases = [q.clone() for q in mine.bases]
+            theirs.bases = [q.cpu().clone() for q in mine.bases]
             given = [project(*x) for x in zip(grads, mine.bases, mine.sides, strict=True)]
         assert outcomes == theirs.step(reference.projected_adamw_, grads, refresh, given, **options)
         assert outcomes == [REFRESHED if refresh >= 0 else STEPPED] * len(outcomes)
         assert_equal(mine, theirs, accuracy, weight_accuracy)
     for q in mine.bases:
         if q.dtype in (torch.float32, torch.float64):
-            assert_orthonormal(q, UNIT_ROUNDOFF[q.dtype])
+            assert_orthonormal(q.cpu(), UNIT_ROUNDOFF[q.dtype])
 
 
 @pytest.mark.parametrize("maximize", [False, True])
@@ -336,7 +350,7 @@ def test_zero_gradient_after_the_first_basis(device, refresh, moments):
     """Guards against a basis lost to a zero gradient: the old one serves, moments decay, the step counts."""
     state = State(MIXED, device=device)
     state.step(projected_adamw_, state.grads(0), 0)
-    theirs = state.copy()
+    theirs = state.on_cpu()
     grads = [torch.zeros_like(w) for w in state.params]
     outcomes = state.step(projected_adamw_, grads, refresh, moments=moments)
     assert outcomes == [STEPPED] * len(MIXED)
@@ -349,13 +363,14 @@ def test_given_coefficients(device, same_sketch):
     state = State(MIXED, device=device)
     for number in range(3):
         grads = state.grads(number)
-        theirs = state.copy()
+        theirs = state.on_cpu()
         given = []
         for i, (g, side) in enumerate(zip(grads, state.sides, strict=True)):
-            turned = g.mT if side == RIGHT else g
+            turned = (g.mT if side == RIGHT else g).cpu()
             q, b, _, _ = reference.range_finder(
                 turned, state.bases[i].shape[-1], seed=5, key=state.keys[i], refresh=number
             )
+            q = q.to(device)
             if number > 0:
                 corrections = 1 - 0.9**number, 1 - 0.95**number
                 rotated = rotate_moments(
@@ -374,7 +389,7 @@ def test_given_coefficients(device, same_sketch):
 def test_mixed_schedule(device, together, same_sketch):
     """Guards against a refresh of one matrix that is taken for one of another."""
     mine = State(MIXED, device=device)
-    theirs = mine.copy()
+    theirs = mine.on_cpu()
     first = [0, 0, 0 if together else -1, 0, 0]
     for number, due in enumerate((first, [-1, 1, -1, 4, -1], [2, -1, -1, -1, 7])):
         grads = mine.grads(number)
@@ -413,7 +428,7 @@ def test_fewer_rows_than_rank(device, shape, side):
     state.exp_avgs, state.exp_avg_sqs = (
         [torch.zeros(moments, dtype=torch.float64, device=device)] for _ in range(2)
     )
-    theirs = state.copy()
+    theirs = state.on_cpu()
     assert state.step(projected_adamw_, state.grads(0), -1) == [STEPPED]
     theirs.step(reference.projected_adamw_, state.grads(0), -1)
     assert_equal(state, theirs, 1e-12)
@@ -542,6 +557,8 @@ def test_bad_arguments(device, error, message, change):
         "coefficients": [None], "sides": [0], "keys": [0], "refreshes": [0], **ADAM,
     }  # fmt: skip
     change(arguments)
+    for name in ("params", "grads", "exp_avgs", "exp_avg_sqs", "bases", "coefficients"):
+        arguments[name] = [None if t is None else t.to(device) for t in arguments[name]]
     weights = [w.clone() for w in arguments["params"]]
     with pytest.raises(error, match=message):
         projected_adamw_(**arguments)

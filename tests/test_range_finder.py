@@ -7,6 +7,8 @@ import torch
 
 from galore_rrf import RangeFinderResult, Status, adaptive_range_finder, range_finder
 
+pytestmark = pytest.mark.core
+
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
 
@@ -212,11 +214,11 @@ def test_tolerance_below_the_dtype_is_not_called_reached(shape, device):
 
 
 @pytest.mark.parametrize("method", ["fixed", "adaptive"])
-def test_autocast_does_not_reach_inside(method):
+def test_autocast_does_not_reach_inside(method, device):
     """Guards against products in half precision where the caller's forward runs under torch.autocast."""
-    a = decaying(40, 30, dtype=torch.float32)
+    a = decaying(40, 30, dtype=torch.float32).to(device)
     expected = find(method, a)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(device.type, dtype=torch.bfloat16):
         result = find(method, a)
     assert torch.equal(result.basis, expected.basis)
     assert torch.equal(result.coefficients, expected.coefficients)
@@ -286,9 +288,9 @@ def test_same_arguments_same_bits(method, device):
 
 @pytest.mark.parametrize("shape", [(0, 40, 30), (2, 0, 40, 30)], ids=str)
 @pytest.mark.parametrize("method", ["fixed", "adaptive"])
-def test_empty_batch(method, shape):
+def test_empty_batch(method, shape, device):
     """Guards against a reduction over no ranks."""
-    result = find(method, torch.zeros(shape))
+    result = find(method, torch.zeros(shape, device=device))
     assert result.basis.shape[:-1] == shape[:-1]
     assert result.rank.shape == shape[:-2]
 
@@ -340,9 +342,9 @@ def test_what_is_no_real_matrix_is_refused(method, a, kind):
 
 
 @pytest.mark.parametrize("method", ["fixed", "adaptive"])
-def test_not_differentiable_and_says_so(method):
+def test_not_differentiable_and_says_so(method, device):
     """Guards against gradients that are silently zero or wrong."""
-    a = decaying(40, 30).requires_grad_()
+    a = decaying(40, 30).to(device).requires_grad_()
     result = find(method, a)
     with pytest.raises((RuntimeError, NotImplementedError), match=r"not implemented|differentiable"):
         result.basis.sum().backward()

@@ -21,6 +21,8 @@ from matrices import (
 from galore_rrf import reference
 from galore_rrf.ops import range_finder
 
+pytestmark = pytest.mark.core
+
 CONVERGED, ZERO, NONFINITE = 0, 3, 4
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 SKETCHES = {
@@ -400,7 +402,7 @@ def test_opcheck(device, shape, dtype):
     torch.library.opcheck(torch.ops.galore_rrf.range_finder.default, (a, 3), {"seed": 3, "oversampling": 1})
 
 
-def test_compile():
+def test_compile(device):
     """Guards against a graph break."""
 
     @torch.compile(fullgraph=True, backend="aot_eager")
@@ -408,6 +410,6 @@ def test_compile():
         q, b, _, _ = range_finder(x, 3)
         return q @ b
 
-    a = gaussian(8, 9).float()
+    a = gaussian(8, 9).float().to(device)
     q, b, _, _ = range_finder(a, 3)
     torch.testing.assert_close(f(a), q @ b)

@@ -9,6 +9,8 @@ from matrices import norm, projection_error, tails, with_spectrum
 
 from galore_rrf.ops import adaptive_range_finder, range_finder
 
+pytestmark = pytest.mark.core
+
 I = torch.arange(192, dtype=torch.float64)  # noqa: E741
 SPECTRA = {
     "1/i": 1 / (1 + I),

@@ -9,10 +9,12 @@ from dataclasses import fields
 import pytest
 import torch
 from torch.optim import lr_scheduler
-from training import bias, gradient, params_of, same, saved_and_loaded, snapshot, train
+from training import bias, gradient, gradient_like, params_of, same, saved_and_loaded, snapshot, train
 
 from galore_rrf import GaLoreAdamW
 from galore_rrf.subspace import SubspaceOptions
+
+pytestmark = pytest.mark.core
 
 GAP = 3
 # Other values than the default of every option.
@@ -44,9 +46,11 @@ ADAMW = [
 ]
 
 
-def parameters():
+def parameters(device):
     # The first is large enough for 8-bit moments.
-    return [torch.nn.Parameter(gradient(s, 99)) for s in [(700, 16), (3, 12, 14)]] + [bias()]
+    return [torch.nn.Parameter(gradient(s, 99, device=device)) for s in [(700, 16), (3, 12, 14)]] + [
+        bias(device)
+    ]
 
 
 def make(params, keys, options):
@@ -57,12 +61,12 @@ def make(params, keys, options):
     )
 
 
-def check_resumed(keys, options, offset, resumed_keys):
+def check_resumed(device, keys, options, offset, resumed_keys):
     """Stops `offset` steps from the second refresh (for rare ones: early), resumes and compares to the bit."""
     gap = {"update_proj_gap": GAP, **({"update_proj_gap": 50} if "preset" in keys else {}), **keys}[
         "update_proj_gap"
     ]
-    opt = make(parameters(), {**keys, "update_proj_gap": gap}, copy.deepcopy(options))
+    opt = make(parameters(device), {**keys, "update_proj_gap": gap}, copy.deepcopy(options))
     train(opt, params_of(opt), range(gap + offset))
     params = [torch.nn.Parameter(p.detach().clone()) for p in params_of(opt)]
     resumed = make(params, resumed_keys, {})
@@ -83,32 +87,32 @@ def test_every_option_is_resumed():
 
 @pytest.mark.parametrize("offset", [-1, 0, 1], ids=["before", "at", "after"])
 @pytest.mark.parametrize("keys", [keys for each in OPTIONS.values() for keys in each], ids=str)
-def test_every_option_resumes_to_the_bit(keys, offset):
+def test_every_option_resumes_to_the_bit(device, keys, offset):
     """Guards against state, or a key of the group, that a checkpoint loses: the resumed run is made without it."""
-    check_resumed(keys, {}, offset, {})
+    check_resumed(device, keys, {}, offset, {})
 
 
 @pytest.mark.parametrize("offset", [-1, 0, 1], ids=["before", "at", "after"])
 @pytest.mark.parametrize("options", ADAMW, ids=str)
-def test_every_argument_of_adamw_resumes_to_the_bit(options, offset):
+def test_every_argument_of_adamw_resumes_to_the_bit(device, options, offset):
     """Guards against the same for torch's own options."""
-    check_resumed({"tolerance": 0.4} if "lr" in options else {}, options, offset, {})
+    check_resumed(device, {"tolerance": 0.4} if "lr" in options else {}, options, offset, {})
 
 
 @pytest.mark.parametrize("offset", [-1, 0, 1], ids=["before", "at", "after"])
-def test_scheduled_and_scaled_run_resumes_to_the_bit(offset):
+def test_scheduled_and_scaled_run_resumes_to_the_bit(device, offset):
     """Guards against a resumed run whose scheduler or GradScaler meets another optimizer: skipped steps included."""
 
     def start(params):
         opt = make(params, {}, {"fused": True})
-        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**6, growth_interval=3)
+        scaler = torch.amp.GradScaler(device.type, init_scale=2.0**6, growth_interval=3)
         return opt, lr_scheduler.OneCycleLR(opt, 0.1, total_steps=30), scaler
 
     def run(opt, scheduler, scaler, steps):
         params = params_of(opt)
         for step in steps:
             opt.zero_grad()
-            loss = sum((p * gradient(tuple(p.shape), step)).sum() for p in params)
+            loss = sum((p * gradient_like(p, step)).sum() for p in params)
             scaler.scale(loss).backward()
             if step in (1, GAP + 1):
                 params[0].grad[2, 3] = float("inf")
@@ -116,7 +120,7 @@ def test_scheduled_and_scaled_run_resumes_to_the_bit(offset):
             scaler.update()
             scheduler.step()
 
-    first = start(parameters())
+    first = start(parameters(device))
     run(*first, range(GAP + offset))
     second = start([torch.nn.Parameter(p.detach().clone()) for p in params_of(first[0])])
     for one, other in zip(first, second, strict=True):

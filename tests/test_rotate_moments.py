@@ -7,6 +7,8 @@ from matrices import generator
 from galore_rrf import reference
 from galore_rrf.ops import rotate_moments
 
+pytestmark = pytest.mark.core
+
 
 def problem(shape, rank, new_rank, side, dtype=torch.float64, device="cpu"):
     """Moments of a gradient of this shape in one random basis, and another basis."""

@@ -9,6 +9,8 @@ import torch
 from galore_rrf import reference
 from galore_rrf.ops import gaussian_sketch
 
+pytestmark = pytest.mark.core
+
 ULP = 2.0**-23
 
 
@@ -105,8 +107,10 @@ def test_empty(device):
 
 
 @pytest.fixture(scope="module")
-def sample():
-    return gaussian_sketch(3200, 3125, seed=20, dtype=torch.float32).double()  # 10^7 numbers
+def sample(device):
+    return (
+        gaussian_sketch(3200, 3125, seed=20, dtype=torch.float32, device=device).double().cpu()
+    )  # 10^7 numbers
 
 
 def test_moments(sample):
@@ -180,11 +184,11 @@ def test_opcheck(device):
     )
 
 
-def test_compile():
+def test_compile(device):
     """Guards against a graph break."""
 
     @torch.compile(fullgraph=True, backend="eager")
     def f(x):
-        return x + gaussian_sketch(3, 4, seed=1)
+        return x + gaussian_sketch(3, 4, seed=1, device=x.device)
 
-    assert torch.equal(f(torch.zeros(3, 4)), gaussian_sketch(3, 4, seed=1))
+    assert torch.equal(f(torch.zeros(3, 4, device=device)), gaussian_sketch(3, 4, seed=1, device=device))

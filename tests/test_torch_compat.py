@@ -9,9 +9,22 @@ import pytest
 import torch
 from torch.optim import AdamW, lr_scheduler, swa_utils
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
-from training import KINDS, bias, gradient, optimizer, params_of, same, set_gradients, snapshot, train, weight
+from training import (
+    KINDS,
+    bias,
+    gradient_like,
+    optimizer,
+    params_of,
+    same,
+    set_gradients,
+    snapshot,
+    train,
+    weight,
+)
 
 from galore_rrf import GaLoreAdamW, param_groups
+
+pytestmark = pytest.mark.core
 
 
 def test_signature_begins_as_torch_adamws():
@@ -59,9 +72,9 @@ def test_every_scheduler_of_torch_is_tested():
 
 @pytest.mark.parametrize("tensor", [False, True], ids=["number", "tensor"])
 @pytest.mark.parametrize("make", SCHEDULERS.values(), ids=[c.__name__ for c in SCHEDULERS])
-def test_schedulers_set_the_rate_and_betas_of_every_step(make, tensor):
+def test_schedulers_set_the_rate_and_betas_of_every_step(device, make, tensor):
     """Guards against numbers fixed at construction: a scheduled run is one with torch.optim.AdamW's set by hand."""
-    w, b, v, c = weight("default"), bias(), weight("default"), bias()
+    w, b, v, c = weight("default", device), bias(device), weight("default", device), bias(device)
 
     def rate():
         return {
@@ -71,7 +84,7 @@ def test_schedulers_set_the_rate_and_betas_of_every_step(make, tensor):
     ours = GaLoreAdamW(
         [{"params": [w], "rank": 6, "update_proj_gap": 4, **rate()}, {"params": [b], **rate()}]
     )
-    theirs = AdamW([{"params": [weight("default")], **rate()}, {"params": [bias()], **rate()}])
+    theirs = AdamW([{"params": [weight("default", device)], **rate()}, {"params": [bias(device)], **rate()}])
     by_hand = GaLoreAdamW([{"params": [v], "rank": 6, "update_proj_gap": 4}, {"params": [c]}])
     schedulers = [make(ours), make(theirs)]
     seen = []
@@ -91,9 +104,9 @@ def test_schedulers_set_the_rate_and_betas_of_every_step(make, tensor):
 
 
 @pytest.mark.parametrize("cls", [lr_scheduler.CyclicLR, lr_scheduler.OneCycleLR], ids=lambda c: c.__name__)
-def test_cycled_momentum_is_the_first_beta(cls):
+def test_cycled_momentum_is_the_first_beta(device, cls):
     """Guards against the test above passing since betas never moved."""
-    opt = optimizer("default", weight("default"), bias())
+    opt = optimizer("default", weight("default", device), bias(device))
     scheduler = SCHEDULERS[cls](opt)
     betas = set()
     for step in range(4):
@@ -105,21 +118,21 @@ def test_cycled_momentum_is_the_first_beta(cls):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_tensor_rate_equals_the_same_number(kind):
+def test_tensor_rate_equals_the_same_number(device, kind):
     """Guards against a tensor rate being rounded, or refused where torch takes it."""
     results = []
     for lr in (0.0625, torch.tensor(0.0625)):
-        w = weight(kind)
+        w = weight(kind, device)
         opt = GaLoreAdamW([{"params": [w], "rank": 6, **KINDS[kind][2]}], lr=lr)
         train(opt, [w], range(3))
         results.append(w.detach().clone())
     assert same(*results)
 
 
-def test_step_hooks_run_around_every_step():
+def test_step_hooks_run_around_every_step(device):
     """Guards against a step that torch has not wrapped: an optimizer's own hooks, those of all, their results."""
     calls = []
-    opt = optimizer("default", weight("default"), bias())
+    opt = optimizer("default", weight("default", device), bias(device))
     opt.register_step_pre_hook(lambda *_: calls.append("before"))
     opt.register_step_pre_hook(lambda o, args, kwargs: ((o, lambda: "replaced"), {}))
     opt.register_step_post_hook(lambda o, *_: calls.append(int(o.state[params_of(o)[0]]["step"])))
@@ -136,9 +149,9 @@ def test_step_hooks_run_around_every_step():
 
 
 @pytest.mark.parametrize("set_to_none", [True, False])
-def test_zero_grad(set_to_none):
+def test_zero_grad(device, set_to_none):
     """Guards against gradients that survive, or that are replaced where torch zeroes them."""
-    w, b = weight("default"), bias()
+    w, b = weight("default", device), bias(device)
     opt = optimizer("default", w, b)
     train(opt, [w, b], [0])
     opt.zero_grad(set_to_none=set_to_none)
@@ -146,21 +159,21 @@ def test_zero_grad(set_to_none):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_step_leaves_gradients_as_they_were(kind):
+def test_a_step_leaves_gradients_as_they_were(device, kind):
     """Guards against a step that uses gradients as its workspace: users log and accumulate them."""
-    w, b = weight(kind), bias()
+    w, b = weight(kind, device), bias(device)
     opt = optimizer(kind, w, b)
     for step in range(4):
-        w.grad = gradient(tuple(w.shape), step, w.dtype)
+        w.grad = gradient_like(w, step)
         opt.step()
-        assert torch.equal(w.grad, gradient(tuple(w.shape), step, w.dtype))
+        assert torch.equal(w.grad, gradient_like(w, step))
         assert w.requires_grad
         assert w.grad_fn is None
 
 
-def test_a_step_keeps_the_layout_of_weights():
+def test_a_step_keeps_the_layout_of_weights(device):
     """Guards against channels_last weights turning contiguous."""
-    w = weight("conv_channels_last")
+    w = weight("conv_channels_last", device)
     opt = GaLoreAdamW([{"params": [w], "rank": 6}])
     before = w.data_ptr()
     train(opt, [w], range(2))
@@ -168,14 +181,14 @@ def test_a_step_keeps_the_layout_of_weights():
     assert w.data_ptr() == before
 
 
-def test_channels_last_trains_as_contiguous():
+def test_channels_last_trains_as_contiguous(device):
     """Guards against a convolution unfolded in the order of its memory."""
     results = []
     for kind in ("conv", "conv_channels_last"):
-        w = weight(kind)
+        w = weight(kind, device)
         opt = GaLoreAdamW([{"params": [w], "rank": 6, "update_proj_gap": 2}], lr=0.05)
         for step in range(5):
-            g = gradient(tuple(w.shape), step)
+            g = gradient_like(w, step)
             w.grad = g if kind == "conv" else g.to(memory_format=torch.channels_last)
             opt.step()
         results.append(w.detach().contiguous())
@@ -183,10 +196,10 @@ def test_channels_last_trains_as_contiguous():
 
 
 @pytest.mark.parametrize("rank", [None, 5])
-def test_groups_added_while_training_begin_at_their_own_step(rank):
+def test_groups_added_while_training_begin_at_their_own_step(device, rank):
     """Guards against a new group that disturbs the old one, or takes over its clock."""
-    w, b, new = weight("default"), bias(), weight("default")
-    opt, alone = optimizer("default", w, b), optimizer("default", weight("default"), bias())
+    w, b, new = weight("default", device), bias(device), weight("default", device)
+    opt, alone = optimizer("default", w, b), optimizer("default", weight("default", device), bias(device))
     train(opt, [w, b], range(3))
     opt.add_param_group({"params": [("new", new)], "rank": rank, "lr": 0.1})
     train(opt, [w, b, new], range(3, 7))
@@ -196,9 +209,9 @@ def test_groups_added_while_training_begin_at_their_own_step(rank):
     assert ("basis" in opt.state[new]) == (rank is not None)
 
 
-def test_frozen_weights_and_weights_without_gradients_stay():
+def test_frozen_weights_and_weights_without_gradients_stay(device):
     """Guards against decay of what takes no part in a step."""
-    w, v = weight("default"), weight("default").requires_grad_(False)
+    w, v = weight("default", device), weight("default", device).requires_grad_(False)
     opt = GaLoreAdamW([{"params": [w, v], "rank": 6}])
     before = w.detach().clone(), v.detach().clone()
     train(opt, [w], [0])
@@ -221,15 +234,15 @@ def test_repr_names_the_subspace():
 # --- GradScaler ---------------------------------------------------------------------------------------
 
 
-def scaled_run(fused, kind, bad=(), steps=6, nonfinite="skip"):
+def scaled_run(device, fused, kind, bad=(), steps=6, nonfinite="skip"):
     """Trains with a loss scaled by a power of two; the steps in `bad` have an infinite gradient."""
-    w, b = weight(kind), bias()
+    w, b = weight(kind, device), bias(device)
     opt = optimizer(kind, w, b, fused=fused)
     opt.param_groups[0]["nonfinite"] = nonfinite
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8, growth_interval=1000)
+    scaler = torch.amp.GradScaler(device.type, init_scale=2.0**8, growth_interval=1000)
     for step in range(steps):
         opt.zero_grad()
-        g = [gradient(tuple(p.shape), step, p.dtype) for p in (w, b)]
+        g = [gradient_like(p, step) for p in (w, b)]
         loss = sum((p * x).sum() for p, x in zip((w, b), g, strict=True))
         scaler.scale(loss).backward()
         if step in bad:
@@ -241,12 +254,12 @@ def scaled_run(fused, kind, bad=(), steps=6, nonfinite="skip"):
 
 @pytest.mark.parametrize("fused", [None, True])
 @pytest.mark.parametrize("kind", ["default", "svd", "tolerance", "stack"])
-def test_scaled_loss_trains_as_the_loss(kind, fused):
+def test_scaled_loss_trains_as_the_loss(device, kind, fused):
     """Guards against projected weights that step along the scaled gradient."""
-    w, b = weight(kind), bias()
+    w, b = weight(kind, device), bias(device)
     expected = optimizer(kind, w, b, fused=fused)
     train(expected, [w, b], range(6))
-    opt, _ = scaled_run(fused, kind)
+    opt, _ = scaled_run(device, fused, kind)
     assert same(snapshot(opt)[:2], snapshot(expected)[:2])
 
 
@@ -254,10 +267,10 @@ def test_scaled_loss_trains_as_the_loss(kind, fused):
 @pytest.mark.parametrize("fused", [None, True])
 @pytest.mark.parametrize("bad", [0, 2, 4], ids=["first", "between", "refresh"])
 @pytest.mark.parametrize("kind", ["default", "svd", "tolerance", "stack"])
-def test_step_that_the_scaler_found_infinite_is_skipped_whole(kind, bad, fused, nonfinite):
+def test_step_that_the_scaler_found_infinite_is_skipped_whole(device, kind, bad, fused, nonfinite):
     """Guards against a refresh or a step from gradients that overflowed."""
-    opt, scaler = scaled_run(fused, kind, bad=(bad,), steps=bad + 1, nonfinite=nonfinite)
-    before, _ = scaled_run(fused, kind, steps=bad, nonfinite=nonfinite)
+    opt, scaler = scaled_run(device, fused, kind, bad=(bad,), steps=bad + 1, nonfinite=nonfinite)
+    before, _ = scaled_run(device, fused, kind, steps=bad, nonfinite=nonfinite)
     assert scaler.get_scale() == 2.0**7
     w, v = params_of(opt)[0], params_of(before)[0]
     assert same(w.detach(), v.detach())
@@ -266,15 +279,15 @@ def test_step_that_the_scaler_found_infinite_is_skipped_whole(kind, bad, fused, 
 
 
 @pytest.mark.parametrize("fused", [None, True])
-def test_infinite_projected_gradient_under_a_scaler_with_raise(fused):
+def test_infinite_projected_gradient_under_a_scaler_with_raise(device, fused):
     """Guards against FloatingPointError where the scaler takes care of overflow itself."""
-    w, b = weight("default"), bias()
+    w, b = weight("default", device), bias(device)
     opt = optimizer("default", w, b, fused=fused)
     opt.param_groups[0]["nonfinite"] = "raise"
-    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    scaler = torch.amp.GradScaler(device.type, init_scale=4.0)
     for step in range(3):
         opt.zero_grad()
-        scaler.scale((w * gradient(tuple(w.shape), step)).sum() + b.sum()).backward()
+        scaler.scale((w * gradient_like(w, step)).sum() + b.sum()).backward()
         if step == 1:
             w.grad[2, 2] = float("inf")
         scaler.step(opt)
@@ -285,16 +298,16 @@ def test_infinite_projected_gradient_under_a_scaler_with_raise(fused):
 
 @pytest.mark.parametrize("fused", [None, True])
 @pytest.mark.parametrize("keys", [{"state_dtype": torch.bfloat16}, {"arithmetic": "galore_torch"}], ids=str)
-def test_plain_parameters_that_torch_cannot_step_are_scaled_and_skipped_too(keys, fused):
+def test_plain_parameters_that_torch_cannot_step_are_scaled_and_skipped_too(device, keys, fused):
     """Guards against the same where plain parameters are ours: a scaled gradient taken as it is, a clock that ran."""
     results = []
     for scale in (1.0, 2.0**8):
-        b = bias()
+        b = bias(device)
         opt = GaLoreAdamW([{"params": [b], **keys}], lr=0.05, fused=fused)
-        scaler = torch.amp.GradScaler("cpu", init_scale=scale, growth_interval=1000)
+        scaler = torch.amp.GradScaler(device.type, init_scale=scale, growth_interval=1000)
         for step in range(4):
             opt.zero_grad()
-            scaler.scale((b * gradient(tuple(b.shape), step)).sum()).backward()
+            scaler.scale((b * gradient_like(b, step)).sum()).backward()
             if step == 1:
                 b.grad[0] = float("nan")
             scaler.step(opt)
@@ -304,16 +317,16 @@ def test_plain_parameters_that_torch_cannot_step_are_scaled_and_skipped_too(keys
     assert same(*results)
 
 
-def test_unscaled_by_hand_is_not_unscaled_again():
+def test_unscaled_by_hand_is_not_unscaled_again(device):
     """Guards against clipped gradients being divided by the scale twice."""
     results = []
     for fused in (None, True):
-        w, b = weight("default"), bias()
+        w, b = weight("default", device), bias(device)
         opt = optimizer("default", w, b, fused=fused)
-        scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+        scaler = torch.amp.GradScaler(device.type, init_scale=4.0)
         for step in range(3):
             opt.zero_grad()
-            scaler.scale((w * gradient(tuple(w.shape), step)).sum() + b.sum()).backward()
+            scaler.scale((w * gradient_like(w, step)).sum() + b.sum()).backward()
             scaler.unscale_(opt)
             torch.nn.utils.clip_grad_norm_([w, b], 1.0)
             scaler.step(opt)
@@ -325,12 +338,12 @@ def test_unscaled_by_hand_is_not_unscaled_again():
 # --- Models -------------------------------------------------------------------------------------------
 
 
-def test_one_line_change_trains_a_model():
+def test_one_line_change_trains_a_model(device):
     """Guards against the line that the documentation shows not working."""
     torch.manual_seed(0)
-    model = torch.nn.ModuleDict({"mlp": torch.nn.Linear(24, 24), "norm": torch.nn.LayerNorm(24)})
+    model = torch.nn.ModuleDict({"mlp": torch.nn.Linear(24, 24), "norm": torch.nn.LayerNorm(24)}).to(device)
     opt = GaLoreAdamW(param_groups(model, rank=6), lr=1e-2, betas=(0.9, 0.999), eps=1e-8, weight_decay=1e-2)
-    x = torch.randn(64, 24)
+    x = torch.randn(64, 24).to(device)
     losses = []
     for _ in range(60):
         opt.zero_grad(set_to_none=True)
@@ -341,30 +354,32 @@ def test_one_line_change_trains_a_model():
     assert losses[-1] < 0.5 * losses[0]
 
 
-def test_autocast_does_not_reach_the_step():
+def test_autocast_does_not_reach_the_step(device):
     """Guards against torch.autocast casting the step's own products."""
     results = []
     for cast in (False, True):
-        w, b = weight("default"), bias()
+        w, b = weight("default", device), bias(device)
         opt = optimizer("default", w, b)
         for step in range(6):
-            w.grad, b.grad = gradient(tuple(w.shape), step), torch.ones_like(b)
-            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=cast):
+            w.grad, b.grad = gradient_like(w, step), torch.ones_like(b)
+            with torch.autocast(device.type, dtype=torch.bfloat16, enabled=cast):
                 opt.step()
         results.append(snapshot(opt)[:2])
     assert same(*results)
 
 
 @pytest.mark.parametrize("decay", [None, 0.75], ids=["swa", "ema"])
-def test_averaged_models(decay):
+def test_averaged_models(device, decay):
     """Guards against weights that are replaced, or a copy of the model that is trained: averages by hand."""
     torch.manual_seed(0)
-    model = torch.nn.Sequential(torch.nn.Linear(20, 16), torch.nn.BatchNorm1d(16), torch.nn.Linear(16, 20))
+    model = torch.nn.Sequential(
+        torch.nn.Linear(20, 16), torch.nn.BatchNorm1d(16), torch.nn.Linear(16, 20)
+    ).to(device)
     opt = GaLoreAdamW([{"params": model.parameters(), "rank": 5, "update_proj_gap": 3}], lr=0.02)
     averaging = {} if decay is None else {"multi_avg_fn": swa_utils.get_ema_multi_avg_fn(decay)}
     averaged = swa_utils.AveragedModel(model, **averaging)
     scheduler = swa_utils.SWALR(opt, 0.005, anneal_epochs=3)
-    x = torch.randn(32, 20)
+    x = torch.randn(32, 20).to(device)
     average = None
     for count in range(6):
         opt.zero_grad()
@@ -385,16 +400,16 @@ def test_averaged_models(decay):
 
 
 @pytest.mark.parametrize("kind", ["default", "tolerance", "svd"])
-def test_step_after_every_gradient(kind):
+def test_step_after_every_gradient(device, kind):
     """Guards against a step that cannot run within backward: an optimizer a parameter, gradients freed at once."""
 
     class Product(torch.nn.Module):
         def __init__(self):
             super().__init__()
-            self.weights = torch.nn.ParameterList(weight(kind) for _ in range(2))
+            self.weights = torch.nn.ParameterList(weight(kind, device) for _ in range(2))
 
         def forward(self, step):
-            return sum((p * gradient(tuple(p.shape), step + 7 * i)).sum() for i, p in enumerate(self.weights))
+            return sum((p * gradient_like(p, step + 7 * i)).sum() for i, p in enumerate(self.weights))
 
     models = Product(), Product()
     inside, outside = (
@@ -420,9 +435,9 @@ def test_step_after_every_gradient(kind):
         assert same(dict(inside[p].state[p]), dict(outside[q].state[q]))
 
 
-def test_profiler_shows_the_step_by_name():
+def test_profiler_shows_the_step_by_name(device):
     """Guards against traces in which the optimizer's share cannot be told."""
-    opt = optimizer("default", weight("default"), bias())
+    opt = optimizer("default", weight("default", device), bias(device))
     with torch.autograd.profiler.profile() as profile:
         train(opt, params_of(opt), range(2))
         opt.zero_grad()
@@ -445,9 +460,9 @@ def compiler():
 
 
 @pytest.mark.parametrize("kind", ["default", "tolerance", "svd", "published"])
-def test_compiled_step_is_the_step(kind, compiler):
+def test_compiled_step_is_the_step(device, kind, compiler):
     """Guards against numbers burnt into a compiled step, and a compilation every time that a clock moves."""
-    opt, compiled = (optimizer(kind, weight(kind), bias()) for _ in range(2))
+    opt, compiled = (optimizer(kind, weight(kind, device), bias(device)) for _ in range(2))
     compiled_step = torch.compile(compiled.step, backend="eager")
     for step in range(14):
         set_gradients(params_of(opt), step)
@@ -460,12 +475,14 @@ def test_compiled_step_is_the_step(kind, compiler):
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # the compiler's own
-def test_compiled_training_step_trains(compiler):
+def test_compiled_training_step_trains(device, compiler):
     """Guards against a model that cannot be compiled together with its optimizer."""
     results = []
     for compile in (lambda f: f, lambda f: torch.compile(f, backend="eager")):
         torch.manual_seed(0)
-        model = torch.nn.Sequential(torch.nn.Linear(24, 16), torch.nn.Tanh(), torch.nn.Linear(16, 24))
+        model = torch.nn.Sequential(torch.nn.Linear(24, 16), torch.nn.Tanh(), torch.nn.Linear(16, 24)).to(
+            device
+        )
         opt = GaLoreAdamW([{"params": model.parameters(), "rank": 4, "update_proj_gap": 3}], lr=0.01)
 
         @compile
@@ -476,7 +493,7 @@ def test_compiled_training_step_trains(compiler):
             opt.step()
             return loss.detach()
 
-        x = torch.randn(8, 24)
+        x = torch.randn(8, 24).to(device)
         results.append([train_step(x) for _ in range(8)] + snapshot(opt)[0])
     assert same(*results)
 
@@ -486,9 +503,9 @@ def test_compiled_training_step_trains(compiler):
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 @pytest.mark.parametrize("kind", ["default", "tolerance", "svd", "stack_tolerance"])
-def test_grad_mode_around_a_step_changes_nothing(kind, mode):
+def test_grad_mode_around_a_step_changes_nothing(device, kind, mode):
     """Guards against a step, or a refresh, that needs autograd or is recorded by it; state serves any mode."""
-    opt, other = (optimizer(kind, weight(kind), bias()) for _ in range(2))
+    opt, other = (optimizer(kind, weight(kind, device), bias(device)) for _ in range(2))
     for step in range(8):
         for each in (opt, other):
             set_gradients(
@@ -503,12 +520,12 @@ def test_grad_mode_around_a_step_changes_nothing(kind, mode):
     assert same(snapshot(opt), snapshot(other))
 
 
-def test_threads_of_python_train_independently():
+def test_threads_of_python_train_independently(device):
     """Guards against state shared between optimizers."""
     from concurrent.futures import ThreadPoolExecutor
 
     def run(_):
-        opt = optimizer("default", weight("default"), bias())
+        opt = optimizer("default", weight("default", device), bias(device))
         train(opt, params_of(opt), range(10))
         return snapshot(opt)
 
@@ -517,9 +534,9 @@ def test_threads_of_python_train_independently():
     assert all(same(r, results[0]) for r in results)
 
 
-def test_copy_of_the_model_is_not_trained():
+def test_copy_of_the_model_is_not_trained(device):
     """Guards against an optimizer that holds on to more than its parameters."""
-    opt = optimizer("default", weight("default"), bias())
+    opt = optimizer("default", weight("default", device), bias(device))
     train(opt, params_of(opt), range(2))
     twin = copy.deepcopy(params_of(opt)[0])
     before = twin.detach().clone()
@@ -527,9 +544,9 @@ def test_copy_of_the_model_is_not_trained():
     assert same(twin.detach(), before)
 
 
-def test_no_warnings_in_everyday_use():
+def test_no_warnings_in_everyday_use(device):
     """Guards against noise in the default configuration."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        opt = optimizer("default", weight("default"), bias())
+        opt = optimizer("default", weight("default", device), bias(device))
         train(opt, params_of(opt), range(12))

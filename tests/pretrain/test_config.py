@@ -27,10 +27,10 @@ def test_configs_are_valid(path):
     parse(["--config", str(path)], list)
 
 
-@pytest.mark.parametrize("device", ["cpu", "gpu"])
-def test_overlays_are_valid(device):
+@pytest.mark.parametrize("overlay", ["cpu", "gpu"])
+def test_overlays_are_valid(overlay):
     """Guards against `make pretrain` refusing its configs, or training something but the 60M shape on local text."""
-    files = [ROOT / "configs/llama_60m.yaml", ROOT / f"configs/pretrain_{device}.yaml"]
+    files = [ROOT / "configs/llama_60m.yaml", ROOT / f"configs/pretrain_{overlay}.yaml"]
     config, resume = parse([], lambda: files)
     assert resume is None
     assert (config.model.hidden_size, config.model.num_hidden_layers, config.optimizer.rank) == (512, 8, 128)
