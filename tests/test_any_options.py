@@ -136,6 +136,12 @@ def shorter_side(p):
     return min(p.shape[-2:]) if p.dim() == 3 else min(p.shape[0], p.numel() // p.shape[0])
 
 
+def is_projected(p, group):
+    """Other packages' arithmetics project onto all of a shorter side that does not exceed the rank."""
+    least = (group["rank"] or math.inf) + 1 if group["arithmetic"] == "torch" else 1
+    return group["rank"] is not None and shorter_side(p) >= least
+
+
 def check_groups(opt, untouched):
     """What holds after any number of steps."""
     for group in opt.param_groups:
@@ -144,7 +150,7 @@ def check_groups(opt, untouched):
             if p in untouched:
                 assert p not in opt.state
                 assert same(p.detach(), untouched[p])
-            elif group["rank"] is not None and shorter_side(p) > group["rank"]:
+            elif is_projected(p, group):
                 check_state(p, opt.state[p], group["rank"])
             else:
                 assert set(opt.state[p]) == {"step", "exp_avg", "exp_avg_sq"}
