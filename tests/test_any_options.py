@@ -103,7 +103,7 @@ INVALID = {
     "rank": [0, -1, 2.0, True, "4"],
     "update_proj_gap": [0, 1.5, None],
     "scale": [math.nan, math.inf, "1"],
-    "proj_type": ["full", None],
+    "proj_type": ["both", None],
     "projector": ["qr"],
     "sketch": ["cold", 0],
     "power": [-1, 0.5],
