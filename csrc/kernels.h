@@ -87,6 +87,12 @@ struct Kernels {
   // stays (undefined outcomes: all are written).  Null where lists gain nothing.
   bool (*products)(const std::vector<at::Tensor>& c, const std::vector<at::Tensor>& a,
                    const std::vector<at::Tensor>& b, const at::Tensor& beta, const at::Tensor& outcomes);
+
+  // w <- beta w + x, where w is bf16 or fp16 rounded stochastically (math/stochastic_rounding.h) by the bits
+  // that belong to seed, matrix, step and an entry's number, first_entry + i cols + j for entry (i, j) of w.
+  // x: fp32; both: rows in one piece each; beta, step: fp64 scalars.
+  void (*add_rounded_)(const at::Tensor& w, const at::Tensor& x, const at::Tensor& beta, uint64_t seed,
+                       uint32_t matrix, const at::Tensor& step, int64_t first_entry);
 };
 
 const Kernels& kernels_for(const at::Tensor& a);

@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "cpu/moments.h"
+#include "cpu/rounding.h"
 #include "cpu/sketch.h"
 #include "cpu/stored_moment.h"
 #include "math/compensated_sum.h"
@@ -282,6 +283,36 @@ void variance_to_moments(const at::Tensor& exp_avg, const at::Tensor& exp_avg_sq
   });
 }
 
+template <class T>
+void add_rounded_rows(T* w, const at::Tensor& like, const at::Tensor& x, float beta, RoundingKey key,
+                      int64_t first_entry) {
+  const int64_t rows = like.size(0), cols = like.size(1);
+  const float* added = x.const_data_ptr<float>();
+  at::parallel_for(0, rows, std::max<int64_t>(1, kGrain / cols), [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      cpu::add_rounded_range(w + i * like.stride(0), added + i * x.stride(0), cols, beta, key,
+                             first_entry + i * cols);
+    }
+  });
+}
+
+void add_rounded_(const at::Tensor& w, const at::Tensor& x, const at::Tensor& beta, uint64_t seed,
+                  uint32_t matrix, const at::Tensor& step, int64_t first_entry) {
+  if (w.numel() == 0) return;
+  const RoundingKey key = {seed, matrix, static_cast<uint32_t>(step.item<double>())};
+  const auto scale = static_cast<float>(beta.item<double>());
+  void* data = w.mutable_data_ptr();
+  switch (w.scalar_type()) {
+    case at::kBFloat16:
+      return add_rounded_rows(static_cast<Bfloat16*>(data), w, x, scale, key, first_entry);
+    case at::kHalf:
+      return add_rounded_rows(static_cast<Half*>(data), w, x, scale, key, first_entry);
+    default:
+      TORCH_INTERNAL_ASSERT(w.scalar_type() == at::kFloat);
+      return add_rounded_rows(static_cast<float*>(data), w, x, scale, key, first_entry);
+  }
+}
+
 // A QR by reflectors needs fewer operations, and fp64 halves the rate.
 bool cholesky_qr_pays() { return false; }
 
@@ -303,6 +334,7 @@ const Kernels cpu_kernels = {
     .moments_to_variance = moments_to_variance,
     .variance_to_moments = variance_to_moments,
     .products = nullptr,
+    .add_rounded_ = add_rounded_,
 };
 
 const char* simd_level() {

@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "cpu/moments.h"
+#include "cpu/rounding.h"
 #include "cpu/simd.h"
 #include "cpu/sketch.h"
 #include "math/compensated_sum.h"
@@ -154,6 +155,50 @@ bool all_finite_range(const float* a, int64_t n) {
 GALORE_RRF_SIMD_CLONES
 bool all_finite_range(const double* a, int64_t n) {
   return all_finite_bits<double, uint64_t>(a, n, 0x7FF0000000000000u);
+}
+
+namespace {
+
+template <class T>
+inline __attribute__((always_inline)) void add_rounded_chunks(T* __restrict w, const float* __restrict x,
+                                                              int64_t n, float beta, RoundingKey key,
+                                                              int64_t first_entry) {
+  uint32_t random[kRoundingChunk];
+  for (int64_t done = 0; done < n;) {
+    const int64_t chunk = (first_entry + done) / kRoundingChunk,
+                  begin = (first_entry + done) % kRoundingChunk;
+    const int64_t count = n - done < kRoundingChunk - begin ? n - done : kRoundingChunk - begin;
+    for (int64_t lane = 0; lane < kRoundingLanes; ++lane) {
+      const Words4 words = rounding_words(key, static_cast<uint64_t>(chunk * kRoundingLanes + lane));
+      for (int half = 0; half < kRoundingHalves; ++half) {
+        random[half * kRoundingLanes + lane] = rounding_word(words, half);
+      }
+    }
+    for (int64_t i = 0; i < count; ++i) {
+      w[done + i] = add_rounded(w[done + i], x[done + i], beta, random[begin + i]);
+    }
+    done += count;
+  }
+}
+
+}  // namespace
+
+GALORE_RRF_SIMD_CLONES
+void add_rounded_range(Bfloat16* __restrict w, const float* __restrict x, int64_t n, float beta,
+                       RoundingKey key, int64_t first_entry) {
+  add_rounded_chunks(w, x, n, beta, key, first_entry);
+}
+
+GALORE_RRF_SIMD_CLONES
+void add_rounded_range(Half* __restrict w, const float* __restrict x, int64_t n, float beta, RoundingKey key,
+                       int64_t first_entry) {
+  add_rounded_chunks(w, x, n, beta, key, first_entry);
+}
+
+GALORE_RRF_SIMD_CLONES
+void add_rounded_range(float* __restrict w, const float* __restrict x, int64_t n, float beta, RoundingKey key,
+                       int64_t first_entry) {
+  add_rounded_chunks(w, x, n, beta, key, first_entry);
 }
 
 }  // namespace galore_rrf::cpu

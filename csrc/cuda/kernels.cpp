@@ -31,11 +31,12 @@ const Kernels cuda_kernels = {
     .load_moments = cuda::load_moments,
     .store_moments = cuda::store_moments,
     .cholesky_qr_pays = cholesky_qr_pays,
-    .signed_lu = nullptr,
-    .householder_ = nullptr,
+    .signed_lu = cuda::signed_lu,
+    .householder_ = cuda::householder_,
     .moments_to_variance = cuda::moments_to_variance,
     .variance_to_moments = cuda::variance_to_moments,
-    .products = nullptr,
+    .products = cuda::products,
+    .add_rounded_ = cuda::add_rounded_,
 };
 
 }  // namespace galore_rrf

@@ -24,4 +24,16 @@ void moments_to_variance(const at::Tensor& mean, const at::Tensor& variance, con
 void variance_to_moments(const at::Tensor& exp_avg, const at::Tensor& exp_avg_sq, const at::Tensor& mean,
                          const at::Tensor& variance, const at::Tensor& corrections);
 
+void signed_lu(const at::Tensor& q, const at::Tensor& signs);
+void householder_(const at::Tensor& panels, const at::Tensor& active);
+
+// Takes matrices in bf16, fp16, fp32 or fp64, not empty, each with a stride of 1 and its rows apart, that
+// begin at multiples of 16 bytes, which tensor cores may need.  Products of fp32 matrices are in TF32 where
+// torch's settings and at::NoTF32Guard allow it.
+bool products(const std::vector<at::Tensor>& c, const std::vector<at::Tensor>& a,
+              const std::vector<at::Tensor>& b, const at::Tensor& beta, const at::Tensor& outcomes);
+
+void add_rounded_(const at::Tensor& w, const at::Tensor& x, const at::Tensor& beta, uint64_t seed,
+                  uint32_t matrix, const at::Tensor& step, int64_t first_entry);
+
 }  // namespace galore_rrf::cuda

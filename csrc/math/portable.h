@@ -6,3 +6,10 @@
 #else
 #define GALORE_RRF_HD inline __attribute__((always_inline))
 #endif
+
+// Before a loop over an array that is to be in registers.
+#if defined(__CUDACC__)
+#define GALORE_RRF_UNROLL _Pragma("unroll")
+#else
+#define GALORE_RRF_UNROLL
+#endif
