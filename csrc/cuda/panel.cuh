@@ -111,7 +111,6 @@ class HouseholderPanel {
       __syncthreads();
       for_triangle(width, [&](int i, int j) { column(first + j)[first + i] = shared_.triangle[i][j]; });
     }
-    __syncthreads();
     for (int64_t end = (cols_ + kInner - 1) / kInner; end > 0; --end) form_columns((end - 1) * kInner);
   }
 
@@ -274,7 +273,6 @@ class HouseholderPanel {
       shared_.triangle[i][j] = column(first + j)[first + i];
       shared_.top[j][i] = i == j ? T{1} : column(first + i)[first + j];
     });
-    __syncthreads();
     apply(first, width, /*transpose=*/false);
     __syncthreads();
     for_triangle(width, [&](int i, int j) {
@@ -341,7 +339,6 @@ class SignedLU {
       finish_rows(first, end);
       __syncthreads();
       update_rest(first, end);
-      __syncthreads();
     }
   }
 

@@ -1,6 +1,9 @@
 // Every kernel in every type that is launched, and nothing else: what ptxas reports of it is held to budgets.
+#include "cuda/gemm_pointers.cuh"
 #include "cuda/moments.cuh"
+#include "cuda/panel.cuh"
 #include "cuda/reductions.cuh"
+#include "cuda/rounding.cuh"
 #include "cuda/sketch.cuh"
 
 namespace galore_rrf::cuda {
@@ -19,7 +22,8 @@ const void* of_moments() {
 template <class T>
 const void* of_matrices() {
   return instances(reduce_chunks<SumOfSquares, T>, reduce_chunks<AllFinite, T>, scale_by_powers<T>,
-                   to_variance<T>, from_variance<T>, step_factors<T>, fill_sketch<T>);
+                   to_variance<T>, from_variance<T>, step_factors<T>, fill_sketch<T>, householder_kernel<T>,
+                   signed_lu_kernel<T>);
 }
 
 const void* const all[] = {
@@ -34,6 +38,8 @@ const void* const all[] = {
     of_matrices<float>(),
     of_matrices<double>(),
     instances(fill_sketch<Half>, fill_sketch<Bfloat16>, reduce_parts<SumOfSquares>, reduce_parts<AllFinite>),
+    instances(add_rounded_kernel<float>, add_rounded_kernel<Half>, add_rounded_kernel<Bfloat16>,
+              write_gemm_pointers<GemmPointers>),
 };
 
 }  // namespace galore_rrf::cuda

@@ -124,10 +124,33 @@ MUTATIONS = [
     Mutation("moments.cuh", "moments", "if (b >= a.matrices) return;", "if (b > a.matrices) return;"),
     Mutation("moments.cuh", "moments", "b * stride + row * row_stride + j", "b * stride + row * row_stride + j + 1"),
     Mutation("moments.cuh", "moments", "1 / a.corrections[2 * b + 1]", "1 / a.corrections[2 * b]"),
+    Mutation("panel.cuh", "panel", "if (stack.active[matrix] == 0) return;", ""),
+    Mutation("panel.cuh", "panel", "kept + __shfl_xor_sync(kAllLanes, given, kOffset)", "kept + given"),
+    Mutation("panel.cuh", "panel", "values[0] += __shfl_xor_sync(kAllLanes, values[0], kOffset)", "values[0] += values[0]"),
+    Mutation("panel.cuh", "panel", "lane / kLanes * kHeld + i]", "lane / kLanes + i]"),
+    Mutation("panel.cuh", "panel", "for (int w = 1; w < warps; ++w)", "for (int w = 1; w <= warps; ++w)"),
+    Mutation("panel.cuh", "panel", "row < from ? row + threads_ : row", "row"),
+    Mutation("panel.cuh", "panel", "i < first + j ? T{0}", "i <= first + j ? T{0}"),
+    Mutation("panel.cuh", "panel", "if (i <= j && j < width) f(i, j);", "if (i <= j) f(i, j);"),
+    Mutation("panel.cuh", "panel", "if (j < c && c < width) column", "if (j < c) column"),
+    Mutation("panel.cuh", "panel", "if (c < count) target(c)[i] = entry;", "target(c)[i] = entry;"),
+    Mutation("panel.cuh", "panel", "if (c >= width) continue;", ""),
+    Mutation("panel.cuh", "panel", "== 0) {  // H = I", "== 7) {  // H = I"),
+    Mutation("panel.cuh", "panel", "if (i < j) row(i)[j] *= sign;", "if (i > j) row(i)[j] *= sign;"),
+    Mutation("panel.cuh", "panel", "if (k >= width_) continue;", ""),
+    Mutation("panel.cuh", "panel", "int64_t i = end + warp;", "int64_t i = first + warp;"),
+    Mutation("panel.cuh", "panel", "if (thread_ < end - first) row(first + thread_)", "row(first + thread_)"),
+    Mutation("rounding.cuh", "rounding", "j >= 0 && j < sum.cols", "j < sum.cols"),
+    Mutation("rounding.cuh", "rounding", "j >= 0 && j < sum.cols", "j >= 0 && j <= sum.cols"),
+    Mutation("rounding.cuh", "rounding", "i += gridDim.y", "i += 1"),
+    Mutation("rounding.cuh", "rounding", "chunk += warps", "chunk += warps + 1"),
+    Mutation("rounding.cuh", "rounding", "chunk * kRoundingChunk < end", "(chunk + 1) * kRoundingChunk < end"),
+    Mutation("gemm_pointers.cuh", "gemm", "if (i >= p.count) return;", "if (i > p.count) return;"),
+    Mutation("gemm_pointers.cuh", "gemm", "p.outcomes != nullptr && ", ""),
 ]  # fmt: skip
 
 # Which calls each header with barriers is seen by.
-BARRIERS = {"device.cuh": "reductions"}
+BARRIERS = {"device.cuh": "reductions", "panel.cuh": "panel"}
 
 
 def barriers() -> list[tuple[str, int]]:
