@@ -126,7 +126,7 @@ MUTATIONS = [
     Mutation("moments.cuh", "moments", "1 / a.corrections[2 * b + 1]", "1 / a.corrections[2 * b]"),
     Mutation("panel.cuh", "panel", "if (stack.active[matrix] == 0) return;", ""),
     Mutation("panel.cuh", "panel", "kept + __shfl_xor_sync(kAllLanes, given, kOffset)", "kept + given"),
-    Mutation("panel.cuh", "panel", "values[0] += __shfl_xor_sync(kAllLanes, values[0], kOffset)", "values[0] += values[0]"),
+    Mutation("panel.cuh", "panel", "values[0], kOffset", "values[0], kOffset / 2"),
     Mutation("panel.cuh", "panel", "lane / kLanes * kHeld + i]", "lane / kLanes + i]"),
     Mutation("panel.cuh", "panel", "for (int w = 1; w < warps; ++w)", "for (int w = 1; w <= warps; ++w)"),
     Mutation("panel.cuh", "panel", "row < from ? row + threads_ : row", "row"),
