@@ -254,7 +254,7 @@ class GaLoreAdamW(AdamW):
     @torch.no_grad()
     def _projected_step(self, group: dict[str, Any], options: SubspaceOptions, params: list[Tensor]) -> None:
         """Refreshes that may change shapes first, then the step of all."""
-        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        if any(p.is_cuda for p in params) and torch.cuda.is_current_stream_capturing():
             _check_captured(group, params, self.state)
         self._outcomes.settle()
         self._init_projected(params, options)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping, Sequence
+from collections.abc import Callable, MutableMapping, Sequence
 from typing import Any
 
 import torch
@@ -35,7 +35,7 @@ class Outcomes:
     def add(self, outcomes: Tensor, states: Sequence[dict[str, Any]]) -> None:
         """The outcomes (uint8, one a state) of a step that has been enqueued."""
         if outcomes.device.type == "cpu":
-            _count(outcomes, states, [int(state["step"]) - 1 for state in states])
+            _count(outcomes, states, lambda state: int(state["step"]) - 1)
         elif torch.cuda.is_current_stream_capturing():
             self._taken.clear()  # a graph's replays are counted on the device alone
         else:
@@ -52,15 +52,17 @@ class Outcomes:
             return
         for event, outcomes, states in self._pending:
             event.synchronize()
-            before = [self.taken(state) for state in states]
-            _count(outcomes, states, before)
-            for state, count, outcome in zip(states, before, outcomes.tolist(), strict=True):
-                self._taken[state["step"]] = count + (outcome >= _STEPPED)
+            _count(outcomes, states, self.taken)
+            for state, outcome in zip(states, outcomes.tolist(), strict=True):
+                self._taken[state["step"]] = self.taken(state) + (outcome >= _STEPPED)
         self._pending.clear()
 
 
-def _count(outcomes: Tensor, states: Sequence[dict[str, Any]], before: Sequence[int]) -> None:
-    for state, outcome, taken in zip(states, outcomes.tolist(), before, strict=True):
+def _count(
+    outcomes: Tensor, states: Sequence[dict[str, Any]], taken: Callable[[dict[str, Any]], int]
+) -> None:
+    """`taken`: the steps of a state before this one."""
+    for state, outcome in zip(states, outcomes.tolist(), strict=True):
         if outcome == _REFRESHED:
             state["refreshes"] += 1
-            state["last_refresh"] = taken
+            state["last_refresh"] = taken(state)

@@ -75,9 +75,19 @@ bool out_of_memory(const c10::Error& error) {
 
 // Which matrices have a basis, as bool [B]: zeros mean none yet, and a unit column may have a zero, not all.
 at::Tensor have_bases(const Matrices& bases) {
-  Matrices columns;
-  for (const at::Tensor& basis : bases) columns.push_back(basis.select(1, 0));
-  return at::stack(columns).ne(0).any(1);
+  if (!bases.front().is_cpu()) {
+    Matrices columns;
+    for (const at::Tensor& basis : bases) columns.push_back(basis.select(1, 0));
+    return at::stack(columns).ne(0).any(1);
+  }
+  const at::Tensor flags = at::empty({static_cast<int64_t>(bases.size())}, at::kBool);
+  bool* flag = flags.mutable_data_ptr<bool>();
+  for (const at::Tensor& basis : bases) {
+    // One look at the first entry nearly always tells.
+    const at::Tensor column = basis.select(1, 0);
+    *flag++ = column.select(0, 0).item().toDouble() != 0 || column.ne(0).any().item<bool>();
+  }
+  return flags;
 }
 
 // Adds its lifetime, in seconds, to a sum.
@@ -113,9 +123,28 @@ void align_signs_(const at::Tensor& bases, const at::Tensor& projected, const at
   rows.mul_(signs.unsqueeze(2));
 }
 
-// Flags as they decide: read where that costs nothing, else for kernels alone.
+// Whether all of these flags (bool) are `value`, where the host may know.
 bool known_to_be(bool value, const at::Tensor& flags, bool asynchronous) {
-  return !asynchronous && (value ? flags.all() : flags.any().logical_not()).item<bool>();
+  if (asynchronous) return false;
+  const bool* flag = flags.const_data_ptr<bool>();
+  return std::all_of(flag, flag + flags.numel(), [&](bool f) { return f == value; });
+}
+
+int64_t code(Outcome outcome) { return static_cast<int64_t>(outcome); }
+
+// Outcomes, uint8 [B], by flags (bool [B]).
+at::Tensor chosen(const at::Tensor& flags, Outcome yes, Outcome no) {
+  if (!flags.is_cpu()) return at::where(flags, code(yes), code(no)).to(at::kByte);
+  const at::Tensor outcomes = at::empty(flags.sizes(), at::kByte);
+  const bool* flag = flags.const_data_ptr<bool>();
+  std::transform(flag, flag + flags.numel(), outcomes.mutable_data_ptr<uint8_t>(),
+                 [&](bool f) { return static_cast<uint8_t>(f ? yes : no); });
+  return outcomes;
+}
+
+// The outcomes themselves where the flags say so.
+at::Tensor chosen(const at::Tensor& flags, const at::Tensor& yes, Outcome no) {
+  return known_to_be(true, flags, !flags.is_cpu()) ? yes : at::where(flags, yes, code(no)).to(at::kByte);
 }
 
 class Step {
@@ -126,7 +155,9 @@ class Step {
   // Outcomes, uint8 [B]; adds the seconds of a refresh to `refresh_seconds`.
   at::Tensor operator()(const Group& x, double& refresh_seconds) const {
     const at::Tensor& grad = x.grads.front();
-    if (grad.numel() == 0) return all(x, Outcome::stepped);
+    if (grad.numel() == 0) {
+      return at::full({x.count()}, code(Outcome::stepped), grad.options().dtype(at::kByte));
+    }
     const at::Tensor projected = stack_like_moments(x, compute_dtype(grad));
     at::Tensor outcomes;
     if (x.coefficients.empty()) {
@@ -135,9 +166,9 @@ class Step {
       for (size_t i = 0; i < x.coefficients.size(); ++i) {
         projected.select(0, static_cast<int64_t>(i)).copy_(x.coefficients[i]);
       }
-      outcomes = where(finite(projected), all(x, Outcome::refreshed), all(x, Outcome::skipped));
+      outcomes = chosen(finite(projected), Outcome::refreshed, Outcome::skipped);
     }
-    if (!known_to_be(true, outcomes.eq(code(Outcome::skipped)), asynchronous_)) apply(x, projected, outcomes);
+    apply(x, projected, outcomes);
     return outcomes;
   }
 
@@ -159,8 +190,7 @@ class Step {
       // No memory for new subspaces: the old ones serve, and the refresh stays due.
     }
     multiply_out(each(projected.mT()), transposed(x.grads), x.bases);
-    const at::Tensor moved = where(known, all(x, Outcome::stepped), all(x, Outcome::decayed));
-    return where(finite(projected), moved, all(x, Outcome::skipped));
+    return chosen(finite(projected), chosen(known, Outcome::stepped, Outcome::decayed), Outcome::skipped);
   }
 
   at::Tensor refresh(const Group& x, const at::Tensor& projected, const at::Tensor& known,
@@ -178,8 +208,8 @@ class Step {
     const FixedRankResult found =
         fixed_rank_range_finder(x.grads, options, x.keys, warm_starts(x, known, options), projected);
     const at::Tensor zero = found.status.eq(static_cast<int64_t>(Status::zero));
-    const at::Tensor idle = where(known, all(x, Outcome::stepped), all(x, Outcome::decayed));
-    const at::Tensor otherwise = where(zero, idle, all(x, Outcome::skipped));
+    const at::Tensor otherwise =
+        chosen(zero, chosen(known, Outcome::stepped, Outcome::decayed), Outcome::skipped);
     if (!found.basis.defined()) {
       at::Tensor(projected).zero_();
       return otherwise;
@@ -189,7 +219,7 @@ class Step {
     if (!known_to_be(true, ok, asynchronous_)) {
       at::Tensor(projected).masked_fill_(ok.logical_not().view({-1, 1, 1}), 0);
     }
-    const at::Tensor outcomes = where(ok, all(x, Outcome::refreshed), otherwise);
+    const at::Tensor outcomes = at::where(ok, code(Outcome::refreshed), otherwise).to(at::kByte);
     if (known_to_be(false, ok, asynchronous_)) return outcomes;
     if (!none_known && refresh_.moments == Moments::keep) {
       align_signs_(found.basis, projected, stacked(x.bases, projected.scalar_type()));
@@ -259,27 +289,19 @@ class Step {
     for (int64_t i = 0; i < x.count(); ++i) {
       const auto at = static_cast<size_t>(i);
       const at::Tensor decay = factors.select(0, i).select(0, 2);
-      const at::Tensor& weight = x.weights[at];
-      const at::Tensor outcome = outcomes.select(0, i);
-      if (known_to_be(true, outcome.lt(code(Outcome::stepped)), asynchronous_)) {
-        if (decay.item<double>() != 1) at::Tensor(weight).mul_(decay);
-      } else {
+      at::Tensor weight = x.weights[at];
+      if (asynchronous_ || moves(outcomes.const_data_ptr<uint8_t>()[i])) {
         add_product_(weight, x.bases[at].to(projected.scalar_type()), projected.select(0, i), decay);
+      } else if (decay.item<double>() != 1) {
+        weight.mul_(decay);
       }
     }
   }
 
-  static int64_t code(Outcome outcome) { return static_cast<int64_t>(outcome); }
-  static at::Tensor all(const Group& x, Outcome outcome) {
-    return at::full({x.count()}, code(outcome), x.weights.front().options().dtype(at::kByte));
-  }
-  static at::Tensor where(const at::Tensor& flags, const at::Tensor& yes, const at::Tensor& no) {
-    return at::where(flags, yes, no);
-  }
   static at::Tensor finite(const at::Tensor& projected) {
     const at::Tensor flags = at::empty({projected.size(0)}, projected.options().dtype(at::kByte));
     kernels_for(projected).all_finite(flags, projected);
-    return flags.to(at::kBool);
+    return flags.view(at::kBool);
   }
 
   const at::Tensor& lr_;
