@@ -20,6 +20,7 @@ inline int64_t enough_blocks() {
 
 template <class... Parameters, class... Arguments>
 void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, const Arguments&... arguments) {
+  static_assert((sizeof(Arguments) + ...) <= 4096, "a launch takes 4 KB of parameters");
   kernel<<<grid, block, 0, c10::cuda::getCurrentCUDAStream()>>>(arguments...);
   C10_CUDA_KERNEL_LAUNCH_CHECK();
 }

@@ -32,9 +32,12 @@ void with_kept_type(const StoredMoment& moment, const F& f) {
 }
 
 template <class Kept>
-void list(KeptMoment<Kept>* kept, const StoredMoments& moments, int64_t first, int64_t count) {
+void list(KeptMoment<Kept>* kept, at::ScalarType type, const StoredMoments& moments, int64_t first,
+          int64_t count) {
   for (int64_t i = 0; i < count; ++i) {
     const StoredMoment& moment = moments[static_cast<size_t>(first + i)];
+    TORCH_CHECK(moment.values.scalar_type() == type, "moments stepped together are kept alike, got ", type,
+                " and ", moment.values.scalar_type());
     kept[i].values = static_cast<Kept*>(moment.values.mutable_data_ptr());
     kept[i].scale = std::is_same_v<Kept, uint8_t> ? moment.scale.mutable_data_ptr<float>() : nullptr;
   }
@@ -52,7 +55,7 @@ void move_moments(void (*kernel)(MomentStack<T, Kept>), const at::Tensor& wide, 
   for_each_list(wide.size(0), [&](int64_t first, int64_t count) {
     MomentStack<T, Kept> arguments;
     arguments.wide = part_of_stack<T>(wide, first, count);
-    list(arguments.kept, moments, first, count);
+    list(arguments.kept, moments.front().values.scalar_type(), moments, first, count);
     arguments.is_signed = kind == MomentKind::exp_avg;
     arguments.active = active == nullptr ? nullptr : active + first;
     launch(kernel, moment_grid(arguments.wide, enough_blocks()), kCodeBlock, arguments);
@@ -107,13 +110,14 @@ void adam(const at::Tensor& gradients, const StoredMoments& exp_avgs, const Stor
           const at::Tensor& factors, const at::Tensor& outcomes, const AdamWOptions& options) {
   if (gradients.numel() == 0) return;
   const c10::cuda::CUDAGuard guard(gradients.device());
+  const at::ScalarType type = exp_avgs.front().values.scalar_type();
   AT_DISPATCH_FLOATING_TYPES(gradients.scalar_type(), "adam", [&] {
     with_kept_type(exp_avgs.front(), [&]<class Kept>(Kept*) {
       for_each_list(gradients.size(0), [&](int64_t first, int64_t count) {
         AdamStack<scalar_t, Kept> arguments;
         arguments.gradients = part_of_stack<scalar_t>(gradients, first, count);
-        list(arguments.exp_avg, exp_avgs, first, count);
-        list(arguments.exp_avg_sq, exp_avg_sqs, first, count);
+        list(arguments.exp_avg, type, exp_avgs, first, count);
+        list(arguments.exp_avg_sq, type, exp_avg_sqs, first, count);
         arguments.factors = factors.const_data_ptr<double>() + 3 * first;
         arguments.outcomes = outcomes.const_data_ptr<uint8_t>() + first;
         arguments.options = options;

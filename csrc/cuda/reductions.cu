@@ -36,7 +36,7 @@ void squared_norms(const at::Tensor& sums, const at::Tensor& a) {
 
 double squared_norm(const at::Tensor& a) {
   const at::Tensor sum = at::empty({1}, a.options().dtype(at::kDouble));
-  squared_norms(sum, a.view({1, -1}));
+  squared_norms(sum, a.as_strided({1, a.numel()}, {a.numel(), 1}));  // in memory order
   return sum.item().toDouble();
 }
 

@@ -26,7 +26,7 @@ ROOT = FOLDER.parents[1]
 BUILD = ROOT / "build/kernels"
 
 # What of setup.py's flags changes results; -O1 besides, which compiles in half the time.
-FLAGS = ["-std=c++20", "-g1", "-ffp-contract=off", "-fPIC", "-Wall", "-Wextra", "-Werror", "-pthread"]
+FLAGS = ["-std=c++20", "-O1", "-g1", "-ffp-contract=off", "-fPIC", "-Wall", "-Wextra", "-Werror", "-pthread"]
 SANITIZE = {
     "plain": [],
     "thread": ["-fsanitize=thread", "-DSHIM_TSAN"],
@@ -41,10 +41,10 @@ def sources() -> list[Path]:
 
 
 def compile_object(
-    source: Path, sanitizer: str = "plain", csrc: Path = ROOT / "csrc", optimize: str = "-O1"
+    source: Path, sanitizer: str = "plain", csrc: Path = ROOT / "csrc", more: Sequence[str] = ()
 ) -> Path:
     """The object file of a source, from an earlier run where what it is made of is the same."""
-    flags = [*FLAGS, optimize, *SANITIZE[sanitizer]]
+    flags = [*FLAGS, *SANITIZE[sanitizer], *more]
     if source.name == "shim.cpp" and "-fsanitize=thread" in flags:
         flags.remove("-fsanitize=thread")  # see there
     command = ["g++", *flags, f"-I{csrc}", f"-I{FOLDER}", f"-I{FOLDER / 'shim'}"]

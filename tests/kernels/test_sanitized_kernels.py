@@ -122,6 +122,9 @@ MUTATIONS = [
     Mutation("moments.cuh", "moments", "static_cast<uint32_t>(both >> 32)", "static_cast<uint32_t>(both)"),
     Mutation("moments.cuh", "moments", "moment.scale[block])", "moment.scale[0])"),
     Mutation("moments.cuh", "moments", "if (b >= a.matrices) return;", "if (b > a.matrices) return;"),
+    Mutation("moments.cuh", "far", "const int64_t i = block * kCodeBlock", "const int i = block * kCodeBlock"),
+    Mutation("reductions.cuh", "far", "const int64_t begin = chunk", "const int begin = chunk"),
+    Mutation("sketch.cuh", "far", "sketch.out[row * sketch.cols + j]", "sketch.out[int(row * sketch.cols + j)]"),
     Mutation("moments.cuh", "moments", "b * stride + row * row_stride + j", "b * stride + row * row_stride + j + 1"),
     Mutation("moments.cuh", "moments", "1 / a.corrections[2 * b + 1]", "1 / a.corrections[2 * b]"),
     Mutation("panel.cuh", "panel", "if (stack.active[matrix] == 0) return;", ""),
@@ -178,7 +181,7 @@ def failure(csrc: Path, module: str, sanitizer: str, calls: Path) -> str:
     assert files, f"no test calls {' or '.join(names)}"
     shared = [host_kernels.FOLDER / name for name in ("shim/shim.cpp", "calls.cpp", "replay.cpp")]
     objects = host_kernels.compile_all(shared, sanitizer)
-    objects.append(host_kernels.compile_object(source, sanitizer, csrc, optimize="-O0"))
+    objects.append(host_kernels.compile_object(source, sanitizer, csrc, more=["-O0", "-w"]))
     try:
         done = replay(host_kernels.link_program(objects, sanitizer), files)
     except subprocess.TimeoutExpired:

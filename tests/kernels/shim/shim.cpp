@@ -74,6 +74,7 @@ constinit std::vector<void*> slots;  // used before main
 void* dynamic = nullptr;
 const std::function<void()>* body = nullptr;
 Order turns = Order::ascending;
+bool last_block_only = false;
 size_t largest_launch = 0;
 std::string failure;
 
@@ -330,6 +331,8 @@ void take_turns(Order order) {
   largest_launch = 0;
 }
 
+void run_last_block_only(bool only) { last_block_only = only; }
+
 size_t most_threads() { return largest_launch; }
 
 void run(dim3 grid, dim3 block, size_t dynamic_shared_bytes, const std::function<void()>& thread) {
@@ -344,7 +347,8 @@ void run(dim3 grid, dim3 block, size_t dynamic_shared_bytes, const std::function
   body = &thread;
   host_tsan = __tsan_get_current_fiber();
   if (janitor == nullptr) janitor = __tsan_create_fiber(0);
-  const size_t all_blocks = size_t{grid.x} * grid.y * grid.z;
+  const dim3 begin = last_block_only ? dim3{grid.x - 1, grid.y - 1, grid.z - 1} : dim3{0, 0, 0};
+  const size_t all_blocks = size_t{grid.x - begin.x} * (grid.y - begin.y) * (grid.z - begin.z);
   largest_launch = std::max(largest_launch, threads * all_blocks);
   // ThreadSanitizer is to know the threads of all blocks apart.
   const size_t blocks = kTsan ? all_blocks : 1;
@@ -362,9 +366,9 @@ void run(dim3 grid, dim3 block, size_t dynamic_shared_bytes, const std::function
     if (kTsan) as(fibers[i].tsan, [] { __tsan_acquire(&all_fibers); });
   }
   size_t first = 0;
-  for (unsigned z = 0; z < grid.z; ++z) {
-    for (unsigned y = 0; y < grid.y; ++y) {
-      for (unsigned x = 0; x < grid.x; ++x) {
+  for (unsigned z = begin.z; z < grid.z; ++z) {
+    for (unsigned y = begin.y; y < grid.y; ++y) {
+      for (unsigned x = begin.x; x < grid.x; ++x) {
         block_idx = {x, y, z};
         fibers = std::span(all_fibers).subspan(first, threads);
         if (kTsan) first += threads;

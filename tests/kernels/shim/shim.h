@@ -60,6 +60,8 @@ enum class Order { ascending, descending };
 // a std::runtime_error where the threads wait for one another in vain; nothing can be launched after that.
 void run(dim3 grid, dim3 block, size_t dynamic_shared_bytes, const std::function<void()>& thread);
 void take_turns(Order order);
+// Until the next call of it, only the last block of every grid.
+void run_last_block_only(bool only);
 // Of the largest launch since the order was last said.
 size_t most_threads();
 
