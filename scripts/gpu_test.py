@@ -47,9 +47,13 @@ class OneCaseEach:
         self.device = device
 
     def pytest_collection_modifyitems(self, config: pytest.Config, items: list[pytest.Item]) -> None:
-        kept = {item.function: item for item in reversed(items) if self.device in item.keywords}
+        kept = {item.function: item for item in reversed(items) if self.device in _parameters(item)}
         config.hook.pytest_deselected(items=[item for item in items if item not in kept.values()])
         items[:] = [item for item in items if item in kept.values()]
+
+
+def _parameters(item: pytest.Item) -> list[str]:
+    return [str(value) for value in item.callspec.params.values()] if hasattr(item, "callspec") else []
 
 
 def core(device: str) -> int:

@@ -13,7 +13,7 @@ import math
 
 import pytest
 import torch
-from training import gradient, gradient_like, params_of
+from training import gradient, gradient_like, params_of, settled
 
 from galore_rrf import GaLoreAdamW, reference
 
@@ -87,7 +87,7 @@ def follow_adamw(device, shape, dtype, keys, options, axes, tolerance, steps=8):
         moved = (theirs_p - initial).norm()
         assert (ours_p - theirs_p).norm() <= tolerance * moved, step
     gap = keys.get("update_proj_gap", 10)
-    assert ours.state[ours_p]["refreshes"] == 1 + (steps - 1) // gap
+    assert settled(ours)[ours_p]["refreshes"] == 1 + (steps - 1) // gap
 
 
 # --- Gradients along axes ------------------------------------------------------------------------------
@@ -261,6 +261,7 @@ def follow_readable(device, shapes, dtype, keys, options, tolerance, steps=7, st
             p.grad = strides(g)
             r.step(g.cpu())
         opt.step()
+        settled(opt)
         for p, before, r in zip(params, initial, readable, strict=True):
             state = opt.state[p]
             moved = (r.p - before).double().norm()

@@ -22,6 +22,7 @@ from training import (
     params_of,
     same,
     set_gradients,
+    settled,
     snapshot,
     train,
     weight,
@@ -147,7 +148,7 @@ def test_options_changed_between_steps_count_from_the_next(device, make):
         arguments = {k: group[k] for k in ("betas", "eps", "weight_decay", "maximize")}
         fresh = GaLoreAdamW([{"params": [v]}], lr=float(group["lr"]), **arguments, **keys)
         if step:
-            fresh.state[v].update({k: copy.deepcopy(x) for k, x in opt.state[w].items()})
+            fresh.state[v].update({k: copy.deepcopy(x) for k, x in settled(opt)[w].items()})
             v.data.copy_(w.data)
         before = w.detach().clone()
         train(opt, [w], [step])

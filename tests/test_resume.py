@@ -9,7 +9,17 @@ from dataclasses import fields
 import pytest
 import torch
 from torch.optim import lr_scheduler
-from training import bias, gradient, gradient_like, params_of, same, saved_and_loaded, snapshot, train
+from training import (
+    bias,
+    gradient,
+    gradient_like,
+    params_of,
+    same,
+    saved_and_loaded,
+    settled,
+    snapshot,
+    train,
+)
 
 from galore_rrf import GaLoreAdamW
 from galore_rrf.subspace import SubspaceOptions
@@ -76,7 +86,7 @@ def check_resumed(device, keys, options, offset, resumed_keys):
     train(opt, params_of(opt), rest)
     train(resumed, params, rest)
     assert same(snapshot(resumed), snapshot(opt))
-    refreshes = opt.state[params_of(opt)[0]]["refreshes"]
+    refreshes = settled(opt)[params_of(opt)[0]]["refreshes"]
     assert refreshes >= 2
 
 

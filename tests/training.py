@@ -77,8 +77,15 @@ def params_of(opt):
     return [p for group in opt.param_groups for p in group["params"]]
 
 
+def settled(opt):
+    """The state with what a GPU has counted: at a step nobody waits for that, but `state_dict` does."""
+    opt.state_dict()
+    return opt.state
+
+
 def snapshot(opt):
     """Weights, state and groups, apart from the optimizer."""
+    settled(opt)
     state = [
         {k: copy.deepcopy(v) for k, v in opt.state[p].items()} if p in opt.state else None
         for p in params_of(opt)

@@ -77,6 +77,7 @@ class Report:
             "sections": self.sections,
             "left_out": self.left_out,
         }
+        self.path.parent.mkdir(parents=True, exist_ok=True)
         self.path.write_text(json.dumps(content, indent=1) + "\n")
 
 
