@@ -27,7 +27,9 @@ def main() -> None:
         "--quick", action="store_true", help="tiny shapes, which tell only that all of it runs"
     )
     parser.add_argument("--seconds", type=float, default=540.0, help="begin nothing after these")
-    parser.add_argument("--out", type=Path, default=Path("build/gpu_bench.json"), metavar="FILE", help="the JSON")
+    parser.add_argument(
+        "--out", type=Path, default=Path("build/gpu_bench.json"), metavar="FILE", help="the JSON"
+    )
     arguments = parser.parse_args()
     report = Report(arguments.device, arguments.seconds, arguments.quick, arguments.out)
     print(", ".join(f"{key} {value}" for key, value in environment(report.device).items()))
