@@ -55,8 +55,9 @@ gpu-build:  ## on a GPU machine: build the extension in place with PYTHON's torc
 gpu-test:  ## then the tests on the GPU, plainly and under memcheck and racecheck
 	$(PYTHON) scripts/gpu_test.py
 
-gpu-bench:  ## and the benchmarks, with build/gpu_bench.json
-	$(PYTHON) -m benchmarks.gpu
+gpu-bench:  ## and the benchmarks; numbers go to build/gpu-bench.json
+	mkdir -p build
+	$(PYTHON) -m benchmarks.gpu --seconds 480 --out build/gpu-bench.json
 
 wheel: $(REQUIREMENTS)  ## build dist/*.whl for the torch of .venv
 	rm -rf build/lib*

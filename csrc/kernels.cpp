@@ -10,13 +10,14 @@ namespace galore_rrf {
 
 const Kernels& kernels_for(const at::Tensor& a) {
 #ifdef GALORE_RRF_WITH_CUDA
-  if (a.device().is_cuda()) {
+  if (a.is_cuda()) {
     check_device(a.device());
     return cuda_kernels;
   }
+  TORCH_CHECK(a.is_cpu(), "galore_rrf has kernels for the CPU and CUDA, got a tensor on ", a.device());
+#else
+  TORCH_CHECK(a.is_cpu(), "galore_rrf was built with kernels for the CPU only, got a tensor on ", a.device());
 #endif
-  TORCH_CHECK(a.device().is_cpu(), "galore_rrf was built with kernels for the CPU only, got a tensor on ",
-              a.device());
   return cpu_kernels;
 }
 
