@@ -33,7 +33,10 @@ class Deadline:
     """Skips tests that would begin later."""
 
     def __init__(self, seconds: float):
-        self.seconds, self.begin = seconds, time.monotonic()
+        self.seconds = seconds
+
+    def pytest_collection_finish(self) -> None:
+        self.begin = time.monotonic()
 
     def pytest_runtest_setup(self) -> None:
         if time.monotonic() - self.begin > self.seconds:
