@@ -253,6 +253,7 @@ def projected_adamw_(
     oversampling: int = 0,
     moments: str = "rotate",
     seed: int = 0,
+    stochastic_rounding: bool = False,
     asynchronous: bool | None = None,
 ) -> Tensor:
     """One projected AdamW step (GaLore, algorithm 2) of a list of matrices, in place, in one call.
@@ -277,6 +278,8 @@ def projected_adamw_(
     `refresh_seconds` (fp64, one number a parameter, on the CPU): the wall-clock time of each parameter's
     refresh is added to it; that of k matrices refreshed side by side counts for 1/k each.
 
+    `stochastic_rounding`: the new weight, in bf16 or fp16, is rounded up or down so that it is right in the
+    mean; random bits are Philox's, of (seed, key, step, entry), by row tiles of W.
     `asynchronous` (by default: on CUDA): matrices of one shape are stepped together, in few launches, and
     nobody waits for the device: which are skipped, and why, is decided there, and a matrix without a basis
     waits for its next refresh.  `lr` may be a scalar tensor on the device, read when the step runs there.
@@ -314,6 +317,7 @@ def projected_adamw_(
         oversampling=oversampling,
         moments=moments,
         seed=seed,
+        stochastic_rounding=stochastic_rounding,
         asynchronous=asynchronous,
     )
 

@@ -345,6 +345,7 @@ class GaLoreAdamW(AdamW):
             oversampling=options.oversampling,
             moments=options.moments,
             seed=options.seed,
+            stochastic_rounding=options.stochastic_rounding,
             refresh_seconds=seconds,
             exp_avg_scales=[moments.scale(state, "exp_avg") for state in states],
             exp_avg_sq_scales=[moments.scale(state, "exp_avg_sq") for state in states],
@@ -390,6 +391,11 @@ class GaLoreAdamW(AdamW):
         finally:
             handle.remove()
             del self._loading
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Begins copying and pickling, with what has been done counted."""
+        self._outcomes.settle()
+        return super().__getstate__()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Ends unpickling and loading; what is loaded comes from the file, not from the base class, which has

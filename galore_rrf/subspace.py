@@ -41,6 +41,7 @@ class RefinementKeys(TypedDict, total=False):
     tolerance: float | None
     nonfinite: str
     seed: int
+    stochastic_rounding: bool
     arithmetic: str
     state_dtype: torch.dtype | None
     preset: str | None
@@ -111,7 +112,9 @@ class SubspaceOptions:
         tolerance: at each refresh, the smallest rank whose relative residual is within it.
         nonfinite: a gradient with NaN or infinity leaves its matrix alone (``"skip"``) or, before anything
             is written, raises FloatingPointError (``"raise"``).
-        seed: of all test matrices.
+        seed: of all test matrices, and of rounding.
+        stochastic_rounding: of projected weights in bf16 and fp16, up or down so that the mean is right:
+            steps much smaller than the distance of two numbers still add up.
         arithmetic: ``"torch"``: torch.optim.AdamW's; ``"galore_torch"``: that package's (eps on the
             uncorrected root, decay last, exact SVD in fp32); ``"bitsandbytes"``: decay last.  Concerns plain
             parameters too.
@@ -133,6 +136,7 @@ class SubspaceOptions:
     tolerance: float | None = None
     nonfinite: str = "skip"
     seed: int = 0
+    stochastic_rounding: bool = False
     arithmetic: str = "torch"
     state_dtype: torch.dtype | None = None
     preset: str | None = None
@@ -147,6 +151,10 @@ class SubspaceOptions:
         if self.seed >= 2**63:
             raise _invalid("seed", self.seed, "an integer from 0 to 2**63 - 1")
         _check_number("scale", self.scale, math.isfinite, "a finite number")
+        if not isinstance(self.stochastic_rounding, bool):
+            raise _invalid("stochastic_rounding", self.stochastic_rounding, "True or False", TypeError)
+        if self.stochastic_rounding and self.proj_type == "full":
+            raise ValueError("stochastic_rounding goes with a projection of one side, got proj_type='full'")
         if self.tolerance is not None:
             _check_number("tolerance", self.tolerance, lambda x: 0 < x < 1, "between 0 and 1, or None")
             if self.proj_type == "full":

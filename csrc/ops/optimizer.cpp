@@ -155,7 +155,8 @@ at::Tensor projected_adamw_op(at::TensorList params, at::TensorList grads, at::T
                               double beta1, double beta2, double eps, double weight_decay, double scale,
                               bool maximize, bool correct_bias, c10::string_view arithmetic,
                               c10::string_view sketch, int64_t power, int64_t oversampling,
-                              c10::string_view moments, int64_t seed, std::optional<bool> asynchronous) {
+                              c10::string_view moments, int64_t seed, bool stochastic_rounding,
+                              std::optional<bool> asynchronous) {
   const OperatorScope scope(params);
   const size_t count = params.size();
   check_lengths(
@@ -198,7 +199,8 @@ at::Tensor projected_adamw_op(at::TensorList params, at::TensorList grads, at::T
                                                 .power = power,
                                                 .oversampling = oversampling,
                                                 .moments = moments_from_name(moments),
-                                                .seed = static_cast<uint64_t>(seed)},
+                                                .seed = static_cast<uint64_t>(seed),
+                                                .stochastic_rounding = stochastic_rounding},
                                                seconds, asynchronous);
   bump_versions({params, exp_avgs, exp_avg_sqs, exp_avg_scales, exp_avg_sq_scales, bases, steps});
   return outcomes;

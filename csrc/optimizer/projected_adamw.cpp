@@ -147,10 +147,33 @@ at::Tensor chosen(const at::Tensor& flags, const at::Tensor& yes, Outcome no) {
   return known_to_be(true, flags, !flags.is_cpu()) ? yes : at::where(flags, yes, code(no)).to(at::kByte);
 }
 
+// W <- decay W + Q N rounded stochastically, by tiles of the rows of W as its parameter has it; `w` is W in
+// the left form, s x l.
+void add_product_rounded_(const at::Tensor& w, Side side, const at::Tensor& q, const at::Tensor& n,
+                          const at::Tensor& decay, const SketchKey& key, const at::Tensor& step) {
+  if (w.numel() == 0) return;
+  const bool turned = side == Side::right;
+  const at::Tensor view = turned ? w.mT() : w;
+  const at::Tensor rows = view.stride(1) == 1 ? view : view.contiguous();
+  const at::Tensor left = turned ? n.mT() : q, right = turned ? q.mT() : n;
+  const int64_t entries = w.is_cpu() ? 1 << 17 : 1 << 22, cols = rows.size(1);
+  const int64_t most = std::clamp<int64_t>(entries / cols, 1, rows.size(0));
+  const at::Tensor tile = at::empty({most, cols}, w.options().dtype(compute_dtype(w)));
+  for (int64_t start = 0; start < rows.size(0); start += most) {
+    const int64_t height = std::min(most, rows.size(0) - start);
+    const at::Tensor part = tile.narrow(0, 0, height);
+    multiply_out({part}, {left.narrow(0, start, height)}, {right});
+    kernels_for(w).add_rounded_(rows.narrow(0, start, height), part, decay, key.seed, key.matrix, step,
+                                start * cols);
+  }
+  if (!rows.is_same(view)) at::Tensor(view).copy_(rows);
+}
+
 class Step {
  public:
-  Step(const at::Tensor& lr, const AdamWOptions& adamw, const RefreshOptions& refresh, bool asynchronous)
-      : lr_(lr), adamw_(adamw), refresh_(refresh), asynchronous_(asynchronous) {}
+  Step(const at::Tensor& lr, const AdamWOptions& adamw, const ProjectionOptions& projection,
+       bool asynchronous)
+      : lr_(lr), adamw_(adamw), projection_(projection), asynchronous_(asynchronous) {}
 
   // Outcomes, uint8 [B]; adds the seconds of a refresh to `refresh_seconds`.
   at::Tensor operator()(const Group& x, double& refresh_seconds) const {
@@ -197,12 +220,12 @@ class Step {
                      bool none_known) const {
     const FixedRankOptions options{
         .rank = x.bases.front().size(1),
-        .oversampling = refresh_.oversampling,
+        .oversampling = projection_.oversampling,
         // Without a previous basis a warm start begins with a random one: half a power step.
-        .sketch = refresh_.sketch == Sketch::warm && none_known ? Sketch::half_power : refresh_.sketch,
-        .power = refresh_.power,
+        .sketch = projection_.sketch == Sketch::warm && none_known ? Sketch::half_power : projection_.sketch,
+        .power = projection_.power,
         // Kept moments are read in the new basis column by column, so columns need an order that lasts.
-        .ordered = refresh_.moments == Moments::keep,
+        .ordered = projection_.moments == Moments::keep,
         .panel = Panel::automatic,
         .asynchronous = asynchronous_};
     const FixedRankResult found =
@@ -221,7 +244,7 @@ class Step {
     }
     const at::Tensor outcomes = at::where(ok, code(Outcome::refreshed), otherwise).to(at::kByte);
     if (known_to_be(false, ok, asynchronous_)) return outcomes;
-    if (!none_known && refresh_.moments == Moments::keep) {
+    if (!none_known && projection_.moments == Moments::keep) {
       align_signs_(found.basis, projected, stacked(x.bases, projected.scalar_type()));
     }
     // All that is allocated comes before what is written, here and in rotate.
@@ -229,7 +252,7 @@ class Step {
     if (!known_to_be(true, ok, asynchronous_)) {
       bases = at::where(ok.view({-1, 1, 1}), bases.to(x.bases.front().scalar_type()), at::stack(x.bases));
     }
-    if (!none_known && refresh_.moments == Moments::rotate) {
+    if (!none_known && projection_.moments == Moments::rotate) {
       rotate(x, found.basis, at::logical_and(ok, known));
     }
     at::_foreach_copy_(x.bases, each(bases));
@@ -281,8 +304,9 @@ class Step {
     const at::Tensor factors = at::empty({x.count(), 3}, projected.options().dtype(at::kDouble));
     kernels.step_factors(factors, x.steps, lr_, outcomes, adamw_);
     kernels.adam(projected, x.exp_avgs, x.exp_avg_sqs, factors, outcomes, adamw_);
-    if (kernels.products) {
-      const at::ScalarType dtype = x.weights.front().scalar_type();
+    const at::ScalarType dtype = x.weights.front().scalar_type();
+    const bool rounding = projection_.stochastic_rounding && (dtype == at::kBFloat16 || dtype == at::kHalf);
+    if (kernels.products && !rounding) {
       const at::Tensor decay = lr_.mul(-adamw_.weight_decay).add_(1).to(projected.scalar_type());
       if (kernels.products(x.weights, x.bases, each(projected.to(dtype)), decay, outcomes)) return;
     }
@@ -290,7 +314,12 @@ class Step {
       const auto at = static_cast<size_t>(i);
       const at::Tensor decay = factors.select(0, i).select(0, 2);
       at::Tensor weight = x.weights[at];
-      if (asynchronous_ || moves(outcomes.const_data_ptr<uint8_t>()[i])) {
+      if (rounding) {
+        // Lists are multiplied in the weight's dtype (multiply_out), single matrices in the compute dtype.
+        const at::ScalarType operands = kernels.products ? dtype : projected.scalar_type();
+        add_product_rounded_(weight, x.side, x.bases[at].to(operands), projected.select(0, i).to(operands),
+                             decay, x.keys[at], x.steps[at].to(at::kDouble));
+      } else if (asynchronous_ || moves(outcomes.const_data_ptr<uint8_t>()[i])) {
         add_product_(weight, x.bases[at].to(projected.scalar_type()), projected.select(0, i), decay);
       } else if (decay.item<double>() != 1) {
         weight.mul_(decay);
@@ -306,7 +335,7 @@ class Step {
 
   const at::Tensor& lr_;
   const AdamWOptions& adamw_;
-  const RefreshOptions& refresh_;
+  const ProjectionOptions& projection_;
   bool asynchronous_;
 };
 
@@ -349,13 +378,13 @@ std::vector<Group> groups_of(const std::vector<ProjectedParameter>& parameters, 
 }  // namespace
 
 at::Tensor projected_adamw_(const std::vector<ProjectedParameter>& parameters, const at::Tensor& lr,
-                            const AdamWOptions& adamw, const RefreshOptions& refresh,
+                            const AdamWOptions& adamw, const ProjectionOptions& projection,
                             const at::Tensor& refresh_seconds, std::optional<bool> asynchronous) {
   const auto byte = at::TensorOptions().dtype(at::kByte);
   if (parameters.empty()) return at::empty({0}, byte);
   const at::Tensor& first = parameters.front().weight;
   const bool waitless = asynchronous.value_or(!first.is_cpu());
-  const std::vector<Group> groups = groups_of(parameters, refresh.seed, waitless);
+  const std::vector<Group> groups = groups_of(parameters, projection.seed, waitless);
   std::vector<double> costs;
   for (const Group& x : groups) {
     costs.push_back(static_cast<double>(x.bases.front().size(1)) *
@@ -363,7 +392,7 @@ at::Tensor projected_adamw_(const std::vector<ProjectedParameter>& parameters, c
   }
 
   const at::Tensor rate = rate_on_device(lr, first);
-  const Step step(rate, adamw, refresh, waitless);
+  const Step step(rate, adamw, projection, waitless);
   std::vector<at::Tensor> outcomes(groups.size());
   std::vector<double> seconds(groups.size(), 0.0);
   std::vector<std::exception_ptr> errors(groups.size());

@@ -15,12 +15,13 @@ namespace galore_rrf {
 enum class Side : int64_t { right = 0, left = 1 };
 enum class Moments { keep, rotate };
 
-struct RefreshOptions {
+struct ProjectionOptions {
   Sketch sketch;
   int64_t power;
   int64_t oversampling;
   Moments moments;
-  uint64_t seed;
+  uint64_t seed;                     // of test matrices and of rounding
+  bool stochastic_rounding = false;  // of bf16 and fp16 weights
 };
 
 // One parameter: a matrix (m x n) or a stack of matrices (e x m x n).
@@ -49,7 +50,7 @@ struct ProjectedParameter {
 //
 // Returns an Outcome a parameter, uint8 on the device of the weights.
 at::Tensor projected_adamw_(const std::vector<ProjectedParameter>& parameters, const at::Tensor& lr,
-                            const AdamWOptions& adamw, const RefreshOptions& refresh,
+                            const AdamWOptions& adamw, const ProjectionOptions& projection,
                             const at::Tensor& refresh_seconds = {},
                             std::optional<bool> asynchronous = std::nullopt);
 

@@ -1,0 +1,70 @@
+"""Outcomes: steps that a device decides on, counted when it has told.  A pending step is put in by hand, as
+`add` does behind a step on CUDA, so that it can be tested without one."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+
+from galore_rrf import GaLoreAdamW
+from galore_rrf.outcomes import Outcomes
+
+SKIPPED, DECAYED, STEPPED, REFRESHED = range(4)
+
+
+class Event:
+    """Of a device that is done when asked to be."""
+
+    waited = 0
+
+    def synchronize(self):
+        self.waited += 1
+
+
+def state(step=0.0, refreshes=0, last_refresh=0):
+    return {"step": torch.tensor(step), "refreshes": refreshes, "last_refresh": last_refresh}
+
+
+@pytest.fixture
+def _not_capturing(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+
+
+@pytest.mark.usefixtures("_not_capturing")
+def test_pending_steps_are_counted_once(monkeypatch):
+    """Guards against a refresh that is counted twice, at the wrong step, or for another parameter."""
+    states = [state(7, 2, 5), state(7, 2, 5), state(7, 1, 0)]
+    outcomes, event = Outcomes(), Event()
+    outcomes._taken.update({s["step"]: 7 for s in states})  # counts on a device, as known
+    monkeypatch.setattr(Outcomes, "taken", lambda self, s: self._taken[s["step"]])
+    outcomes._pending.append((event, torch.tensor([REFRESHED, STEPPED, SKIPPED], dtype=torch.uint8), states))
+    for _ in range(2):
+        outcomes.settle()
+        assert [s["refreshes"] for s in states] == [3, 2, 1]
+        assert [s["last_refresh"] for s in states] == [7, 5, 0]
+        assert [outcomes.taken(s) for s in states] == [8, 8, 7]
+        assert event.waited == 1
+
+
+def test_on_a_cpu_outcomes_are_known_at_once():
+    """Guards against a schedule that lags where nothing has to be waited for."""
+    outcomes, states = Outcomes(), [state(8, 2, 5), state(7, 2, 5)]
+    outcomes.add(torch.tensor([REFRESHED, DECAYED], dtype=torch.uint8), states)
+    assert [(s["refreshes"], s["last_refresh"]) for s in states] == [(3, 7), (2, 5)]
+    assert outcomes.taken(states[0]) == 8
+
+
+@pytest.mark.parametrize("change", [copy.deepcopy, lambda opt: pickle.loads(pickle.dumps(opt))])
+def test_copies_and_saved_states_count_what_is_pending(device, change):
+    """Guards against a copy or a checkpoint that has a step's moments, but not its count."""
+    w = torch.nn.Parameter(torch.ones(6, 9, device=device))
+    opt = GaLoreAdamW([w], rank=2, update_proj_gap=1)
+    for _ in range(3):
+        w.grad = torch.rand_like(w)
+        opt.step()
+    assert opt.state_dict()["state"][0]["refreshes"] == 3
+    w.grad = torch.rand_like(w)
+    opt.step()
+    other = change(opt)
+    assert [s["refreshes"] for s in other.state.values()] == [4]
