@@ -16,9 +16,9 @@ TORCH_LIBRARY(galore_rrf, m) {
   m.def(
       "adaptive_range_finder(Tensor a, float tolerance, *, bool relative=True, int block=64, "
       "int? max_rank=None, str method=\"auto\", str sketch=\"half_power\", bool trim=True, int extra_blocks=1, "
-      "str between=\"householder\", str panel=\"householder\", bool implicit=False, int seed=0, int key=0, "
-      "int refresh=0) -> (Tensor basis, Tensor coefficients, Tensor rank, Tensor residual, Tensor residuals, "
-      "Tensor status, Tensor triangular_factor)");
+      "str between=\"householder\", str panel=\"householder\", bool? look_ahead=None, bool implicit=False, "
+      "int seed=0, int key=0, int refresh=0) -> (Tensor basis, Tensor coefficients, Tensor rank, "
+      "Tensor residual, Tensor residuals, Tensor status, Tensor triangular_factor)");
   m.def(
       "adaptive_range_finders(Tensor[] matrices, float tolerance, int max_rank, int[] keys, int[] refreshes, *, "
       "int block=64, str method=\"auto\", str sketch=\"half_power\", int seed=0) -> (Tensor[] bases, "

@@ -176,6 +176,7 @@ def adaptive_range_finder(
     extra_blocks: int = 1,
     between: str = "householder",
     panel: str = "householder",
+    look_ahead: bool | None = None,
     implicit: bool = False,
     nonfinite: str = "status",
     seed: int = 0,
@@ -203,6 +204,9 @@ def adaptive_range_finder(
             ``"gram_schmidt"`` (randQB, Martinsson and Voronin 2016).
         panel: the same within a block: ``"householder"``, ``"cholesky_qr"`` or ``"gram_schmidt"``
             (`ops.panel_qr`).  docs/range_finders.md compares them all.
+        look_ahead: whether panels run beside trailing updates, on queues of their own (Penke and Herten
+            2026); ``"right_looking"`` (``"auto"`` then takes it), with ``"plain"`` sketches and
+            ``between="householder"``.  None: where that pays, on a GPU from 4096 x 4096 on, never on a CPU.
         implicit: return the basis as `reflector`, without forming it; with ``trim=False`` and
             ``between="householder"``.
         nonfinite, seed, key, refresh: as in `range_finder`.
@@ -224,6 +228,7 @@ def adaptive_range_finder(
         extra_blocks=extra_blocks,
         between=between,
         panel=panel,
+        look_ahead=look_ahead,
         implicit=implicit,
         seed=seed,
         key=key,

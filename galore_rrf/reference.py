@@ -288,6 +288,7 @@ def adaptive_range_finder(
     extra_blocks: int = 1,
     between: str = "householder",
     panel: str = "householder",
+    look_ahead: bool | None = None,
     implicit: bool = False,
     seed: int = 0,
     key: int = 0,
@@ -295,7 +296,7 @@ def adaptive_range_finder(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Adaptive range finder of every matrix of a batch (Penke 2024).
 
-    `method`, `between` and `panel` make no difference here, nor to what is found but for rounding.
+    `method`, `between`, `panel` and `look_ahead` make no difference here, nor to what is found but for rounding.
     """
     *batch, m, n = a.shape
     cap = min(m, n) if max_rank is None else min(m, n, max_rank)

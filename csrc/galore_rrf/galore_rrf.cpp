@@ -86,7 +86,8 @@ RangeFinderBatch adaptive_range_finder_batch(const at::Tensor& a, double toleran
       call<decltype(adaptive_range_finder_op)>(
           "galore_rrf::adaptive_range_finder", a, tolerance, options.relative, options.block,
           options.max_rank, options.method, options.sketch, options.trim, options.extra_blocks,
-          options.between, options.panel, options.implicit, options.seed, options.key, options.refresh);
+          options.between, options.panel, options.look_ahead, options.implicit, options.seed, options.key,
+          options.refresh);
   if (options.nonfinite == "raise") raise_nonfinite(status);
   // Not the whole results of the operator, as wide as the rank cap.
   const int64_t largest = rank.numel() > 0 ? rank.max().item<int64_t>() : 0;

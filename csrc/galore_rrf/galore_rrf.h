@@ -61,6 +61,9 @@ struct AdaptiveRangeFinderOptions {
   std::string between = "householder";
   // The same within a block: "householder", "cholesky_qr" or "gram_schmidt".
   std::string panel = "householder";
+  // Whether panels run beside trailing updates, on queues of their own; right-looking, with plain sketches
+  // and householder between blocks; none: where that pays.
+  std::optional<bool> look_ahead = std::nullopt;
   // Return the basis as a block reflector, without forming it; untrimmed, householder between blocks.
   bool implicit = false;
   // As of RangeFinderOptions.

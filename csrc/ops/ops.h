@@ -23,7 +23,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
 adaptive_range_finder_op(const at::Tensor& a, double tolerance, bool relative, int64_t block,
                          std::optional<int64_t> max_rank, c10::string_view method, c10::string_view sketch,
                          bool trim, int64_t extra_blocks, c10::string_view between, c10::string_view panel,
-                         bool implicit, int64_t seed, int64_t key, int64_t refresh);
+                         std::optional<bool> look_ahead, bool implicit, int64_t seed, int64_t key,
+                         int64_t refresh);
 
 std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>, std::vector<at::Tensor>, std::vector<at::Tensor>>
 adaptive_range_finders_op(at::TensorList matrices, double tolerance, int64_t max_rank, at::IntArrayRef keys,

@@ -1,6 +1,7 @@
 // Test matrices and range finders as operators.
 #include <ATen/ops/empty.h>
 #include <ATen/ops/full.h>
+#include <ATen/ops/tensor.h>
 #include <ATen/ops/zeros.h>
 
 #include <algorithm>
@@ -22,7 +23,8 @@ constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
 AdaptiveOptions adaptive_options(double tolerance, bool relative, int64_t block,
                                  std::optional<int64_t> max_rank, c10::string_view method,
                                  c10::string_view sketch, bool trim, int64_t extra_blocks,
-                                 c10::string_view between, c10::string_view panel, bool implicit) {
+                                 c10::string_view between, c10::string_view panel,
+                                 std::optional<bool> look_ahead, bool implicit) {
   TORCH_CHECK_VALUE(tolerance >= 0 && std::isfinite(tolerance), "Invalid tolerance: ", tolerance,
                     " (must be finite and not negative)");
   TORCH_CHECK_VALUE(block >= 1, "Invalid block: ", block, " (must be positive)");
@@ -39,6 +41,7 @@ AdaptiveOptions adaptive_options(double tolerance, bool relative, int64_t block,
                                 .panel = panel_from_name(text(panel)),
                                 .trim = trim,
                                 .extra_blocks = extra_blocks,
+                                .look_ahead = look_ahead,
                                 .implicit = implicit};
   TORCH_CHECK_VALUE(options.sketch == Sketch::plain || options.sketch == Sketch::half_power,
                     "Invalid sketch: '", sketch, "' (adaptive_range_finder takes 'plain' or 'half_power')");
@@ -46,6 +49,14 @@ AdaptiveOptions adaptive_options(double tolerance, bool relative, int64_t block,
                     "implicit=True goes with trim=False and between='householder' (a trimmed basis is no "
                     "product of the reflectors), got trim=",
                     trim ? "True" : "False", " and between='", between, "'");
+  // Half a power step begins at the trailing matrix that the panel before it leaves: nothing to look ahead
+  // at.
+  TORCH_CHECK_VALUE(!look_ahead.value_or(false) ||
+                        (options.method != Method::left_looking && options.sketch == Sketch::plain &&
+                         options.between == Between::householder),
+                    "look_ahead=True goes with method='right_looking' (or 'auto'), sketch='plain' and "
+                    "between='householder', got method='",
+                    method, "', sketch='", sketch, "' and between='", between, "'");
   return options;
 }
 
@@ -88,9 +99,8 @@ struct AdaptiveBuffers {
     }
     rank.select(0, i).fill_(r);
     residual.select(0, i).fill_(found.residual);
-    for (size_t j = 0; j < found.residuals.size(); ++j) {
-      residuals.select(0, i).select(0, static_cast<int64_t>(j)).fill_(found.residuals[j]);
-    }
+    const int64_t blocks = static_cast<int64_t>(found.residuals.size());
+    residuals.select(0, i).narrow(0, 0, blocks).copy_(at::tensor(found.residuals, at::kDouble));
     status.select(0, i).fill_(static_cast<int>(found.status));
   }
 };
@@ -198,13 +208,15 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
 adaptive_range_finder_op(const at::Tensor& a, double tolerance, bool relative, int64_t block,
                          std::optional<int64_t> max_rank, c10::string_view method, c10::string_view sketch,
                          bool trim, int64_t extra_blocks, c10::string_view between, c10::string_view panel,
-                         bool implicit, int64_t seed, int64_t key, int64_t refresh) {
+                         std::optional<bool> look_ahead, bool implicit, int64_t seed, int64_t key,
+                         int64_t refresh) {
   const OperatorScope scope(a);
   check_matrix("adaptive_range_finder", a);
   const int64_t m = a.size(-2), n = a.size(-1);
-  AdaptiveOptions options = for_shape(adaptive_options(tolerance, relative, block, max_rank, method, sketch,
-                                                       trim, extra_blocks, between, panel, implicit),
-                                      m, n);
+  AdaptiveOptions options =
+      for_shape(adaptive_options(tolerance, relative, block, max_rank, method, sketch, trim, extra_blocks,
+                                 between, panel, look_ahead, implicit),
+                m, n);
   const Batch batch(a);
   options.key = sketch_key(seed, key, refresh, batch.count());
   const AdaptiveBuffers out(batch, options);
@@ -235,7 +247,8 @@ adaptive_range_finders_op(at::TensorList matrices, double tolerance, int64_t max
                     " and ", refreshes.size());
   const AdaptiveOptions common =
       adaptive_options(tolerance, /*relative=*/true, block, max_rank, method, sketch,
-                       /*trim=*/true, /*extra_blocks=*/1, "householder", "householder", /*implicit=*/false);
+                       /*trim=*/true, /*extra_blocks=*/1, "householder", "householder",
+                       /*look_ahead=*/std::nullopt, /*implicit=*/false);
   struct Piece {
     size_t owner;
     int64_t index;

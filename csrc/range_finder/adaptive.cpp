@@ -31,13 +31,15 @@ double tolerance_floor(at::ScalarType dtype, Method method) {
 
 Method chosen_method(const AdaptiveOptions& options, double tau, at::ScalarType dtype) {
   if (options.method != Method::automatic) return options.method;
+  if (options.look_ahead.value_or(false)) return Method::right_looking;
   return tau >= tolerance_floor(dtype, Method::left_looking) ? Method::left_looking : Method::right_looking;
 }
 
 // Cuts to the rank cap, and on to the smallest rank that leaves no more than `allowed`; adds to `left` what
 // is discarded.
 int64_t cut_rank(const at::Tensor& energies, int64_t cap, double allowed, double& left) {
-  const double* energy = energies.const_data_ptr<double>();
+  const at::Tensor on_host = energies.cpu();
+  const double* energy = on_host.const_data_ptr<double>();
   int64_t rank = energies.size(0);
   while (rank > 0 && (rank > cap || left + energy[rank - 1] <= allowed)) left += energy[--rank];
   return rank;
@@ -78,22 +80,18 @@ AdaptiveResult adaptive_range_finder(const at::Tensor& a, const AdaptiveOptions&
   const int64_t cap = column_cap(m, n, options);
 
   const auto blocks = make_blocks(matrix, options, cap, method);
-  std::vector<double> residuals;
-  const auto add_block = [&] {
-    blocks->add(std::min(block_width(n, options), cap - blocks->rank()));
-    residuals.push_back(std::sqrt(blocks->left() / norm2));
-  };
   // Tolerance 0 is full rank, even where nothing is left before.
-  const auto within = [&] { return tau > 0 && blocks->left() + blocks->uncertainty() <= threshold; };
-  while (blocks->rank() < cap && !within()) add_block();
-  const bool trimming = options.trim && within();
-  if (trimming && blocks->rank() > 0) {
-    for (int64_t i = 0; i < options.extra_blocks && blocks->rank() < cap && blocks->left() > 0; ++i) {
-      add_block();
-    }
-  }
+  const bool nothing_to_do = tau > 0 && norm2 <= threshold;
+  const double allowed = nothing_to_do ? threshold : threshold - blocks->uncertainty();
+  StopTest stop(nothing_to_do ? 0 : cap, block_width(n, options), options.trim ? options.extra_blocks : 0,
+                tau > 0 ? allowed : -1);
+  blocks->grow(stop);
+  const std::vector<double> measured = stop.left();
+  double left = measured.empty() ? norm2 : measured.back();
+  std::vector<double> residuals;
+  for (const double each : measured) residuals.push_back(std::sqrt(each / norm2));
 
-  double left = blocks->left();
+  const bool trimming = options.trim && (nothing_to_do || stop.passed());
   const at::Tensor all = blocks->coefficients();
   AdaptiveResult result{{}, {}, at::zeros({0, 0}, all.options()), 0, std::move(residuals), {}};
   if (options.implicit) {
@@ -103,8 +101,7 @@ AdaptiveResult adaptive_range_finder(const at::Tensor& a, const AdaptiveOptions&
     result.coefficients = all;
   } else if (trimming || blocks->rank() > options.max_rank) {
     const EnergyOrder order = energy_order(all);
-    const double allowed = trimming ? threshold - blocks->uncertainty() : -1;
-    const int64_t kept = cut_rank(order.energies, options.max_rank, allowed, left);
+    const int64_t kept = cut_rank(order.energies, options.max_rank, trimming ? allowed : -1, left);
     const at::Tensor rotation = order.rotation.narrow(1, 0, kept);
     result.basis = multiply(blocks->basis(), rotation);
     result.coefficients = rotation.mT().matmul(all);
@@ -114,7 +111,7 @@ AdaptiveResult adaptive_range_finder(const at::Tensor& a, const AdaptiveOptions&
   }
 
   result.residual = std::sqrt(left / norm2);
-  bool kept_tolerance = left + blocks->uncertainty() <= threshold;
+  bool kept_tolerance = left <= allowed;
   if (method == Method::left_looking && result.residual < kDifferenceTells) {
     const at::Tensor q = options.implicit ? blocks->basis() : result.basis;
     result.residual = relative_residual(matrix, q, result.coefficients);

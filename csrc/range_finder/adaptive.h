@@ -3,6 +3,7 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <optional>
 #include <vector>
 
 #include "range_finder/types.h"
@@ -19,8 +20,9 @@ struct AdaptiveOptions {
   Between between = Between::householder;
   Panel panel = Panel::householder;
   bool trim = true;
-  int64_t extra_blocks = 1;  // computed beyond the tolerance before trimming
-  bool implicit = false;     // the basis as a block reflector; without trimming, between == householder
+  int64_t extra_blocks = 1;                       // computed beyond the tolerance before trimming
+  std::optional<bool> look_ahead = std::nullopt;  // none: where it pays
+  bool implicit = false;  // the basis as a block reflector; without trimming, between == householder
   SketchKey key{};
 };
 

@@ -8,6 +8,7 @@
 #include "range_finder/adaptive.h"
 #include "range_finder/block_reflector.h"
 #include "range_finder/scaling.h"
+#include "range_finder/stop_test.h"
 
 namespace galore_rrf {
 
@@ -18,22 +19,27 @@ constexpr double kDifferenceUnits = 16;
 class Blocks {
  public:
   virtual ~Blocks() = default;
-  // Adds `width` columns that span nearly the range of what is left.
-  virtual void add(int64_t width) = 0;
+  // Adds the blocks that the test wants, each of columns that span nearly the range of what is left; once.
+  virtual void grow(StopTest& stop) = 0;
   // Columns so far.
   virtual int64_t rank() const = 0;
   virtual at::Tensor basis() const = 0;
   virtual at::Tensor coefficients() const = 0;
   // The block reflector whose first columns are Q; of Between::householder alone.
   virtual BlockReflector reflector() const = 0;
-  // ||A - Q B||_F^2, and by how much the true one may be larger.
-  virtual double left() const = 0;
+  // By how much ||A - Q B||_F^2 may be larger than was measured.
   virtual double uncertainty() const { return 0; }
 };
+
+// A row-major copy in the compute dtype, so that trailing rows are one piece.
+at::Tensor computing_copy(const ScaledMatrix& matrix);
 
 // Right-looking: what is left is a copy of A from which every block is taken out, and its norm is exact.
 // Left-looking: A is only read, and what is left is the difference of squared norms.
 std::unique_ptr<Blocks> make_blocks(const ScaledMatrix& matrix, const AdaptiveOptions& options,
                                     int64_t columns, Method method);
+
+// Whether they are found with look-ahead: where that was asked for, or pays.
+bool looks_ahead(const at::Tensor& a, const AdaptiveOptions& options, Method method);
 
 }  // namespace galore_rrf

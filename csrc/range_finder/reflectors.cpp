@@ -3,11 +3,12 @@
 #include <ATen/ops/zeros.h>
 
 #include <algorithm>
+#include <utility>
 
 namespace galore_rrf {
 
-const BlockReflector& Reflectors::add(const at::Tensor& panel, Panel method) {
-  reflectors_.push_back(panel_qr(panel, method).h);
+const BlockReflector& Reflectors::add(BlockReflector h) {
+  reflectors_.push_back(std::move(h));
   width_ += reflectors_.back().v.size(1);
   return reflectors_.back();
 }

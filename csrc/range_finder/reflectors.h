@@ -15,8 +15,8 @@ class Reflectors {
   Reflectors(int64_t rows, const at::TensorOptions& options) : rows_(rows), options_(options) {}
   // Columns of all together.
   int64_t width() const { return width_; }
-  // Factors a panel of the rows that are left.
-  const BlockReflector& add(const at::Tensor& panel, Panel method);
+  // One on the rows that are left.
+  const BlockReflector& add(BlockReflector h);
   // a <- H^T a, over all rows.
   void apply_transposed_(const at::Tensor& a) const;
   // The columns of H from `first` to `width()`, column-major.

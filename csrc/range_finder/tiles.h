@@ -14,14 +14,26 @@ namespace galore_rrf {
 // The dimension with the larger stride.
 inline int64_t outer_dim(const at::Tensor& a) { return a.stride(0) >= a.stride(1) ? 0 : 1; }
 
+// Rows of a tile along `dim`.
+inline int64_t tile_extent(const at::Tensor& a, int64_t dim) {
+  constexpr int64_t kEntries = 1 << 17;  // an fp32 tile of 512 KiB stays in the second-level cache
+  return std::clamp<int64_t>(kEntries / std::max<int64_t>(1, a.size(1 - dim)), 1,
+                             std::max<int64_t>(1, a.size(dim)));
+}
+
+// How many tiles that makes.
+inline int64_t tile_count(const at::Tensor& a, int64_t dim) {
+  const int64_t most = tile_extent(a, dim);
+  return (a.size(dim) + most - 1) / most;
+}
+
 // Calls f(start, width, tile) for successive parts of `a` along `dim`; `tile`, f's own to change, holds
 // 2^-exponent times the part.
 template <class F>
 void for_each_tile(const at::Tensor& a, int64_t dim, int exponent, const F& f) {
-  constexpr int64_t kEntries = 1 << 17;  // an fp32 tile of 512 KiB stays in the second-level cache
   const int64_t extent = a.size(dim);
   const int64_t across = std::max<int64_t>(1, a.size(1 - dim));
-  const int64_t most = std::clamp<int64_t>(kEntries / across, 1, std::max<int64_t>(1, extent));
+  const int64_t most = tile_extent(a, dim);
   const at::Tensor rows = at::empty({most, across}, a.options().dtype(compute_dtype(a)));
   for (int64_t start = 0; start < extent; start += most) {
     const int64_t width = std::min(most, extent - start);
