@@ -40,6 +40,11 @@ int64_t look_ahead(Queues& queues, Work& work) {
     made = queues.record(Lane::update);
   };
 
+  const auto test = [&](int64_t i) {
+    queues.wait(Wait::norm_measured, measured[static_cast<size_t>(i % 2)]);
+    work.test(i);
+  };
+
   int64_t done = 0;
   if (work.wanted() > 0) submit_sketch(0);
   for (; done < work.wanted(); ++done) {
@@ -50,12 +55,10 @@ int64_t look_ahead(Queues& queues, Work& work) {
     queues.wait(Wait::panel_factored, Lane::update, queues.record(Lane::panel));
     queues.submit(Lane::update, [&work, i] { work.update(i); });
     measured[static_cast<size_t>(i % 2)] = queues.record(Lane::update);
-    if (i == 0) continue;
-    queues.wait(Wait::norm_measured, measured[static_cast<size_t>((i - 1) % 2)]);
-    work.test(i - 1);
+    if (i > 0) test(i - 1);
   }
+  if (done > 0) test(done - 1);
   queues.finish();
-  if (done > 0) work.test(done - 1);
   return done;
 }
 
