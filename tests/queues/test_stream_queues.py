@@ -5,7 +5,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from test_schedule import MISSING, ROOT
+from test_host_queues import MISSING, ROOT
 from torch.utils import cpp_extension
 
 
