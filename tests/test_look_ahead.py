@@ -14,6 +14,8 @@ from matrices import MATRICES, UNIT_ROUNDOFF, gaussian, layout, norm, polynomial
 from galore_rrf import adaptive_range_finder as find
 from galore_rrf import ops
 
+pytestmark = pytest.mark.core
+
 # Not divisible by the block, a block over m, one row, one column, m > n, m = n, a block of one column.
 SHAPES = [
     *((50, 80, 16), (80, 50, 16), (37, 53, 64), (53, 37, 10), (37, 37, 12), (90, 120, 7)),

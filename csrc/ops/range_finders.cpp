@@ -261,6 +261,9 @@ adaptive_range_finders_op(at::TensorList matrices, double tolerance, int64_t max
   for (size_t i = 0; i < count; ++i) {
     const at::Tensor& a = matrices[i];
     check_matrix("adaptive_range_finders", a);
+    TORCH_CHECK_VALUE(a.device() == matrices.front().device(),
+                      "adaptive_range_finders expects matrices on one device, got ",
+                      matrices.front().device(), " and ", a.device());
     options.push_back(for_shape(common, a.size(-2), a.size(-1)));
     batches.emplace_back(a);
     options.back().key = sketch_key(seed, keys[i], refreshes[i], batches.back().count());
@@ -271,13 +274,18 @@ adaptive_range_finders_op(at::TensorList matrices, double tolerance, int64_t max
                       static_cast<double>(options.back().max_rank));
     }
   }
-  for_each_in_parallel(costs, [&](int64_t i, int64_t) {
+  const auto find = [&](int64_t i, int64_t) {
     const Piece piece = pieces[static_cast<size_t>(i)];
     AdaptiveOptions mine = options[piece.owner];
     mine.key.matrix += static_cast<uint32_t>(piece.index);
     out[piece.owner].set(piece.index,
                          adaptive_range_finder(batches[piece.owner].matrices.select(0, piece.index), mine));
-  });
+  };
+  if (matrices.empty() || matrices.front().is_cpu()) {
+    for_each_in_parallel(costs, find);
+  } else {  // current streams are those of the calling thread
+    for (int64_t i = 0; i < static_cast<int64_t>(pieces.size()); ++i) find(i, 1);
+  }
   std::vector<at::Tensor> bases, coefficients, ranks, statuses;
   for (size_t i = 0; i < count; ++i) {
     const Batch& batch = batches[i];

@@ -48,9 +48,7 @@ class Queues {
     gate.store(true, std::memory_order_relaxed);
     if (there(name)) queues_.wait(name, event);
   }
-  void finish() {
-    queues_.finish();
-  }
+  void finish() { queues_.finish(); }
 
  private:
   bool there(Wait name) const { return missing_ != kWaits[static_cast<int>(name)]; }
