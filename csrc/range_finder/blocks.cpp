@@ -126,8 +126,8 @@ at::Tensor computing_copy(const ScaledMatrix& matrix) {
 }
 
 bool looks_ahead(const at::Tensor& a, const AdaptiveOptions& options, Method method) {
-  // Published, on a GPU: .87 of the speed at 1024^2, 1.16 at 4096^2 (Penke and Herten 2026).  On a CPU it was
-  // never faster here (docs/range_finders.md).
+  // Published, on a GPU: .87 of the speed at 1024^2, 1.16 at 4096^2 (Penke and Herten 2026).  On a CPU no
+  // gain was seen (docs/range_finders.md).
   constexpr int64_t kPays = 4096 * 4096;
   const bool can = method == Method::right_looking && options.between == Between::householder &&
                    options.sketch == Sketch::plain;
