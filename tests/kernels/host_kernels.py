@@ -27,12 +27,16 @@ BUILD = ROOT / "build/kernels"
 
 # What of setup.py's flags changes results; -O1 besides, which compiles in half the time.
 FLAGS = ["-std=c++20", "-O1", "-g1", "-ffp-contract=off", "-fPIC", "-Wall", "-Wextra", "-Werror", "-pthread"]
+# Function clones are chosen by the loader, before a sanitizer has begun; and of getcontext, which it takes for
+# setjmp, gcc warns under AddressSanitizer.
+_NO_CLONES = "-DGALORE_RRF_NO_SIMD_CLONES"
 SANITIZE = {
     "plain": [],
-    "thread": ["-fsanitize=thread", "-DSHIM_TSAN"],
-    # Of getcontext, which it takes for setjmp, gcc warns then.
-    "address": ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-DSHIM_ASAN", "-Wno-clobbered"],
-}
+    "thread": ["-fsanitize=thread", "-DSHIM_TSAN", _NO_CLONES],
+    "address": [
+        "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-DSHIM_ASAN", "-Wno-clobbered", _NO_CLONES,
+    ],
+}  # fmt: skip
 
 
 def sources() -> list[Path]:
@@ -142,3 +146,22 @@ def misaligned(tensor: Tensor, entries: int = 1) -> Tensor:
     """A copy that begins `entries` entries past an aligned address."""
     memory = torch.empty(tensor.numel() + entries, dtype=tensor.dtype)
     return memory[entries:].view(tensor.shape).copy_(tensor)
+
+
+def replay(program: Path, files: Sequence[Path]) -> subprocess.CompletedProcess:
+    """Runs a program that `link_program` made of replay.cpp over files that `call` left."""
+    # ThreadSanitizer fails on much randomization of addresses.
+    prefix = (
+        ["setarch", "-R"] if subprocess.run(["setarch", "-R", "true"], check=False).returncode == 0 else []
+    )
+    return subprocess.run(
+        [*prefix, program, *files],
+        env={**os.environ, "TSAN_OPTIONS": "halt_on_error=1 history_size=0"},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        timeout=300,
+        check=False,
+    )

@@ -17,7 +17,6 @@ import pytest
 pytestmark = pytest.mark.slow
 
 CUDA = host_kernels.ROOT / "csrc/cuda"
-OPTIONS = {"TSAN_OPTIONS": "halt_on_error=1 history_size=0"}
 
 
 @pytest.fixture(scope="session")
@@ -43,31 +42,13 @@ def calls(tmp_path_factory) -> Path:
     return folder
 
 
-def replay(program: Path, files: list[Path]) -> subprocess.CompletedProcess:
-    # ThreadSanitizer fails on much randomization of addresses.
-    prefix = (
-        ["setarch", "-R"] if subprocess.run(["setarch", "-R", "true"], check=False).returncode == 0 else []
-    )
-    return subprocess.run(
-        [*prefix, program, *files],
-        env={**os.environ, **OPTIONS},
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
-        timeout=300,
-        check=False,
-    )
-
-
 @pytest.mark.parametrize("sanitizer", list(host_kernels.SANITIZE))
 def test_calls_give_the_same_results_and_no_report(sanitizer, calls):
     """Guards against races within and between blocks, accesses out of bounds, undefined behaviour."""
     objects = host_kernels.compile_all(
         [*host_kernels.sources(), host_kernels.FOLDER / "replay.cpp"], sanitizer
     )
-    done = replay(host_kernels.link_program(objects, sanitizer), sorted(calls.iterdir()))
+    done = host_kernels.replay(host_kernels.link_program(objects, sanitizer), sorted(calls.iterdir()))
     assert done.returncode == 0, done.stdout
 
 
@@ -183,7 +164,7 @@ def failure(csrc: Path, module: str, sanitizer: str, calls: Path) -> str:
     objects = host_kernels.compile_all(shared, sanitizer)
     objects.append(host_kernels.compile_object(source, sanitizer, csrc, more=["-O0", "-w"]))
     try:
-        done = replay(host_kernels.link_program(objects, sanitizer), files)
+        done = host_kernels.replay(host_kernels.link_program(objects, sanitizer), files)
     except subprocess.TimeoutExpired:
         return "never ends"
     return done.stdout or f"ended with {done.returncode}" if done.returncode != 0 else ""

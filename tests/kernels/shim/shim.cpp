@@ -76,7 +76,6 @@ const std::function<void()>* body = nullptr;
 Order turns = Order::ascending;
 bool last_block_only = false;
 size_t largest_launch = 0;
-std::string failure;
 
 // Of the thread that launches.
 ucontext_t host;
@@ -247,22 +246,8 @@ std::string states() {
   return text;
 }
 
-void run_block() {
-  for (Fiber& fiber : fibers) {
-    fiber.state = State::ready;
-    fiber.fake_stack = nullptr;
-    getcontext(&fiber.context);
-    fiber.context.uc_stack.ss_sp = fiber.stack.get();
-    fiber.context.uc_stack.ss_size = kStackBytes;
-    fiber.context.uc_link = nullptr;
-    makecontext(&fiber.context, begin_fiber, 0);
-  }
-  while (!all_exited()) {
-    if (!take_a_turn()) {
-      failure = states();
-      throw std::runtime_error(failure);
-    }
-  }
+// Frees what the block used.
+void end_block() {
   for (Fiber& fiber : fibers) as(fiber.tsan, [] { __tsan_release(&janitor); });
   as(janitor, [] {
     __tsan_acquire(&janitor);
@@ -273,6 +258,26 @@ void run_block() {
     std::free(dynamic);
     dynamic = nullptr;
   });
+}
+
+void run_block() {
+  for (Fiber& fiber : fibers) {
+    fiber.state = State::ready;
+    fiber.orders = false;
+    fiber.fake_stack = nullptr;
+    getcontext(&fiber.context);
+    fiber.context.uc_stack.ss_sp = fiber.stack.get();
+    fiber.context.uc_stack.ss_size = kStackBytes;
+    fiber.context.uc_link = nullptr;
+    makecontext(&fiber.context, begin_fiber, 0);
+  }
+  while (!all_exited()) {
+    if (take_a_turn()) continue;
+    const std::string message = states();
+    end_block();
+    throw std::runtime_error(message);
+  }
+  end_block();
 }
 
 }  // namespace
@@ -336,7 +341,6 @@ void run_last_block_only(bool only) { last_block_only = only; }
 size_t most_threads() { return largest_launch; }
 
 void run(dim3 grid, dim3 block, size_t dynamic_shared_bytes, const std::function<void()>& thread) {
-  if (!failure.empty()) throw std::runtime_error(failure);
   const size_t threads = size_t{block.x} * block.y * block.z;
   if (threads == 0 || threads > 1024) throw std::runtime_error("a block has 1 to 1024 threads");
   if (grid.x == 0 || grid.y == 0 || grid.z == 0 || grid.y > 65535 || grid.z > 65535) {

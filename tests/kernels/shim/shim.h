@@ -57,7 +57,7 @@ inline const size_t slot_of = new_slot();
 enum class Order { ascending, descending };
 
 // Runs thread() as every thread of every block of the grid, those of a block taking turns in `order`.  Throws
-// a std::runtime_error where the threads wait for one another in vain; nothing can be launched after that.
+// a std::runtime_error where the threads wait for one another in vain.
 void run(dim3 grid, dim3 block, size_t dynamic_shared_bytes, const std::function<void()>& thread);
 void take_turns(Order order);
 // Until the next call of it, only the last block of every grid.
