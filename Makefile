@@ -16,7 +16,8 @@ REQUIREMENTS := $(VENV)/requirements.stamp
 INSTALLED := build/installed.stamp
 
 CPP := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/cuda/*.cuh csrc/cuda/*.cu \
-	tests/cpp/*.h tests/cpp/*.cpp tests/queues/*.cpp examples/cpp/*.cpp)
+	tests/cpp/*.h tests/cpp/*.cpp tests/kernels/*.h tests/kernels/*.cpp tests/kernels/*.cu \
+	tests/kernels/*/*.h tests/kernels/*/*.cpp tests/queues/*.cpp examples/cpp/*.cpp)
 
 .PHONY: help install test check pretrain bench gpu-build gpu-test gpu-bench lint format wheel clean
 
