@@ -136,6 +136,8 @@ def _record(folder: Path, name: str, whole, real, before: Sequence[Tensor], afte
     parts.append(array(struct.pack(f"{len(real)}d", *real), len(real)))
     offsets = [tensor.data_ptr() % 16 for tensor in after]
     parts.append(array(struct.pack(f"{len(offsets)}q", *offsets), len(offsets)))
+    floats = [b.element_size() if b.dtype in (torch.float32, torch.float64) else 0 for b in after]
+    parts.append(array(struct.pack(f"{len(floats)}q", *floats), len(floats)))
     for old, new in zip(before, after, strict=True):
         parts += [array(data, len(data)) for data in (_bytes(old), _bytes(new))]
     content = b"".join(parts)

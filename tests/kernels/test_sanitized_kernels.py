@@ -148,7 +148,7 @@ def barriers() -> list[tuple[str, int]]:
 
 def mutated(folder: Path, header: str, text: str) -> Path:
     """A copy of what kernels are made of, with another text of one header."""
-    for part in ("math", "cuda"):
+    for part in ("math", "cpu", "cuda"):
         shutil.copytree(host_kernels.ROOT / "csrc" / part, folder / part)
     (folder / "cuda" / header).write_text(text)
     return folder
