@@ -11,6 +11,11 @@
 
 namespace galore_rrf::cuda {
 
+// In every type; the global ones of a host compiler are of fp64 alone.
+using std::copysign;
+using std::fma;
+using std::sqrt;
+
 // 168 registers a thread, which the unrolled products need.
 constexpr unsigned kMaxPanelThreads = 384;
 

@@ -143,8 +143,9 @@ def test_any_scale(dtype, exponent):
 
 @pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_nonfinite_panels(value, dtype):
+def test_nonfinite_panels(monkeypatch, value, dtype):
     """Guards against an infinity or a NaN taken for an orthonormal column, or that reaches another matrix."""
+    monkeypatch.delenv("GALORE_RRF_RECORD_CALLS", raising=False)  # a NaN's sign is up to the compiler
     panels = gaussian(27, 9).to(dtype).repeat(3, 1, 1)
     panels[1, 5, 2] = value
     found = bases(panels)

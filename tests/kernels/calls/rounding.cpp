@@ -1,7 +1,9 @@
+// The loader chooses function clones before a sanitizer has begun.
+#define GALORE_RRF_NO_SIMD_CLONES
 #include "cuda/rounding.cuh"
 
 #include "calls.h"
-#include "cpu/kernels_simd.cpp"  // the twin; one instruction set, since sanitizers begin after the loader
+#include "cpu/kernels_simd.cpp"  // the twin
 
 using namespace galore_rrf;
 
