@@ -9,9 +9,13 @@
 
 namespace galore_rrf {
 
-void for_each_in_parallel(const std::vector<double>& costs,
+void for_each_in_parallel(c10::Device device, const std::vector<double>& costs,
                           const std::function<void(int64_t, int64_t)>& work) {
   const int64_t count = static_cast<int64_t>(costs.size());
+  if (!device.is_cpu()) {
+    for (int64_t i = 0; i < count; ++i) work(i, 1);
+    return;
+  }
   const int64_t threads = at::in_parallel_region() ? 1 : at::get_num_threads();
   std::vector<int64_t> order(costs.size());
   std::iota(order.begin(), order.end(), 0);

@@ -1,6 +1,8 @@
 // A matrix a thread: independent pieces of work of unequal cost on ATen's intra-op threads.
 #pragma once
 
+#include <c10/core/Device.h>
+
 #include <cstdint>
 #include <functional>
 #include <vector>
@@ -14,7 +16,10 @@ namespace galore_rrf {
 // at hundreds.  A piece that would keep the others waiting (it costs more than its share of all
 // that remains) runs alone instead, with all threads.  What a piece computes depends on the number
 // of threads only through that choice.  The first exception is rethrown once all have ended.
-void for_each_in_parallel(const std::vector<double>& costs,
+//
+// Work for another device than the CPU is enqueued by the calling thread, in order: only there is its current
+// stream the caller's.
+void for_each_in_parallel(c10::Device device, const std::vector<double>& costs,
                           const std::function<void(int64_t, int64_t)>& work);
 
 }  // namespace galore_rrf

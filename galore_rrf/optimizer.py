@@ -170,11 +170,11 @@ class GaLoreAdamW(AdamW):
             if grad_scale is not None:
                 for p in own + projected:
                     _grad(p).div_(grad_scale)
-            if own:
-                self._plain_step(group, options, own)
-            if projected:
-                with torch.autocast(projected[0].device.type, enabled=False):
-                    self._projected_step(group, options, projected)
+            for there in _by_device(own):
+                self._plain_step(group, options, there)
+            for there in _by_device(projected):
+                with torch.autocast(there[0].device.type, enabled=False):
+                    self._projected_step(group, options, there)
         return loss
 
     @torch.no_grad()
@@ -283,15 +283,13 @@ class GaLoreAdamW(AdamW):
             self._refresh_seconds += time.perf_counter() - start
             coefficients = dict(zip(apart, found, strict=True))
         within = set(due).difference(apart)
-        for device in dict.fromkeys(p.device for p in params):
-            there = [p for p in params if p.device == device]
-            self._call(
-                group,
-                options,
-                there,
-                [self.state[p]["refreshes"] if p in within else -1 for p in there],
-                [coefficients.get(p) for p in there],
-            )
+        self._call(
+            group,
+            options,
+            params,
+            [self.state[p]["refreshes"] if p in within else -1 for p in params],
+            [coefficients.get(p) for p in params],
+        )
 
     def _two_sided_step(self, p: Tensor, group: dict[str, Any], options: SubspaceOptions) -> None:
         beta1, beta2 = map(float, group["betas"])
@@ -463,6 +461,11 @@ def _check_group(group: dict[str, Any]) -> None:
 def _grad(p: Tensor) -> Tensor:
     assert p.grad is not None
     return p.grad
+
+
+def _by_device(params: list[Tensor]) -> Iterator[list[Tensor]]:
+    for device in dict.fromkeys(p.device for p in params):
+        yield [p for p in params if p.device == device]
 
 
 def _split(

@@ -260,7 +260,7 @@ def _adaptive(
         add_block()
     trim = trim and left <= threshold
     for _ in range(extra_blocks if trim else 0):  # so that trimming comes close to the smallest rank
-        if q.shape[1] < columns and left > 0:
+        if q.shape[1] < min(columns, m, n) and left > 0:
             add_block()
 
     if trim or q.shape[1] > max_rank:

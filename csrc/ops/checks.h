@@ -49,14 +49,10 @@ struct Batch {
     result.insert(result.end(), last);
     return result;
   }
-  // Equal costs: with at least as many matrices as threads, a matrix a thread.  On CUDA one after another.
+  // Equal costs: with at least as many matrices as threads, a matrix a thread.
   template <class F>
   void for_each(const F& f) const {
-    if (!matrices.is_cpu()) {
-      for (int64_t i = 0; i < count(); ++i) f(i);
-      return;
-    }
-    for_each_in_parallel(std::vector<double>(static_cast<size_t>(count()), 1.0),
+    for_each_in_parallel(matrices.device(), std::vector<double>(static_cast<size_t>(count()), 1.0),
                          [&](int64_t i, int64_t) { f(i); });
   }
 };

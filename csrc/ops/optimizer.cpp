@@ -76,6 +76,14 @@ void check_step(const at::Tensor& step, const at::Tensor& weight, size_t index) 
       " (must be one Float or Double on ", weight.device(), ") for parameter ", index);
 }
 
+// Kernels, streams and the order of work are those of one device.
+void check_one_device(const char* op, at::TensorList params) {
+  for (size_t i = 1; i < params.size(); ++i) {
+    TORCH_CHECK_VALUE(params[i].device() == params[0].device(), op, " expects weights on one device, got ",
+                      params[0].device(), " and ", params[i].device(), " for parameter ", i);
+  }
+}
+
 void check_lr(const at::Tensor& lr) {
   TORCH_CHECK_VALUE(lr.numel() == 1 && at::isFloatingType(lr.scalar_type()), "Invalid lr: ", lr.numel(),
                     " numbers, ", lr.scalar_type(), " (must be one real floating-point number)");
@@ -163,6 +171,7 @@ at::Tensor projected_adamw_op(at::TensorList params, at::TensorList grads, at::T
       "projected_adamw_", count,
       {grads.size(), exp_avgs.size(), exp_avg_sqs.size(), exp_avg_scales.size(), exp_avg_sq_scales.size(),
        bases.size(), steps.size(), coefficients.size(), sides.size(), keys.size(), refreshes.size()});
+  check_one_device("projected_adamw_", params);
   check_lr(lr);
   TORCH_CHECK_VALUE(oversampling >= 0, "Invalid oversampling: ", oversampling, " (must not be negative)");
   TORCH_CHECK_VALUE(power >= 0, "Invalid power: ", power, " (must not be negative)");
@@ -211,6 +220,7 @@ void adamw_op(at::TensorList params, at::TensorList grads, at::TensorList exp_av
               at::TensorList steps, const at::Tensor& lr, double beta1, double beta2, double eps,
               double weight_decay, bool maximize, bool correct_bias, c10::string_view arithmetic) {
   const OperatorScope scope(params);
+  check_one_device("adamw_", params);
   check_lr(lr);
   const size_t count = params.size();
   check_lengths("adamw_", count,

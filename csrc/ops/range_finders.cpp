@@ -281,11 +281,7 @@ adaptive_range_finders_op(at::TensorList matrices, double tolerance, int64_t max
     out[piece.owner].set(piece.index,
                          adaptive_range_finder(batches[piece.owner].matrices.select(0, piece.index), mine));
   };
-  if (matrices.empty() || matrices.front().is_cpu()) {
-    for_each_in_parallel(costs, find);
-  } else {  // current streams are those of the calling thread
-    for (int64_t i = 0; i < static_cast<int64_t>(pieces.size()); ++i) find(i, 1);
-  }
+  if (count > 0) for_each_in_parallel(matrices.front().device(), costs, find);
   std::vector<at::Tensor> bases, coefficients, ranks, statuses;
   for (size_t i = 0; i < count; ++i) {
     const Batch& batch = batches[i];

@@ -42,7 +42,8 @@ void adamw_(const std::vector<PlainParameter>& parameters, const at::Tensor& lr,
       costs.push_back(static_cast<double>(tiles.back().length));
     }
   }
-  for_each_in_parallel(costs, [&](int64_t i, int64_t) {
+  if (parameters.empty()) return;
+  for_each_in_parallel(parameters.front().weight.device(), costs, [&](int64_t i, int64_t) {
     const auto [index, start, length] = tiles[static_cast<size_t>(i)];
     const PlainParameter& p = parameters[index];
     const auto part = [&](const at::Tensor& t) { return t.view(-1).narrow(0, start, length); };

@@ -406,11 +406,7 @@ at::Tensor projected_adamw_(const std::vector<ProjectedParameter>& parameters, c
     }
     seconds[k] /= static_cast<double>(abreast);
   };
-  if (waitless) {
-    for (size_t k = 0; k < groups.size(); ++k) take(static_cast<int64_t>(k), 1);
-  } else {
-    for_each_in_parallel(costs, take);
-  }
+  for_each_in_parallel(first.device(), costs, take);
 
   // A stack keeps one clock: it has refreshed or stepped if any of its matrices has.
   std::vector<at::Tensor> of_parameter(parameters.size());

@@ -84,7 +84,7 @@ AdaptiveResult adaptive_range_finder(const at::Tensor& a, const AdaptiveOptions&
   const bool nothing_to_do = tau > 0 && norm2 <= threshold;
   const double allowed = nothing_to_do ? threshold : threshold - blocks->uncertainty();
   StopTest stop(nothing_to_do ? 0 : cap, block_width(n, options), options.trim ? options.extra_blocks : 0,
-                tau > 0 ? allowed : -1);
+                tau > 0 ? allowed : -1, std::min(m, n));
   blocks->grow(stop);
   const std::vector<double> measured = stop.left();
   double left = measured.empty() ? norm2 : measured.back();

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <limits>
 #include <vector>
 
 namespace galore_rrf {
@@ -11,12 +12,15 @@ namespace galore_rrf {
 // leaves no more of the matrix than is allowed, and `extra` beyond that one.
 class StopTest {
  public:
-  // `allowed`: a squared norm; negative where nothing is.
-  StopTest(int64_t columns, int64_t block, int64_t extra, double allowed)
+  // `allowed`: a squared norm; negative where nothing is.  `full`: columns beyond which an extra block adds
+  // nothing but rounding.
+  StopTest(int64_t columns, int64_t block, int64_t extra, double allowed,
+           int64_t full = std::numeric_limits<int64_t>::max())
       : columns_(columns),
         block_(block),
         extra_(extra),
         allowed_(allowed),
+        full_(full),
         wanted_((columns + block - 1) / block) {}
 
   // How many blocks, by all that was measured; never more than before.
@@ -30,7 +34,9 @@ class StopTest {
     const int64_t done = static_cast<int64_t>(left_.size());
     if (!passed_ && left <= allowed_) {
       passed_ = true;
-      wanted_ = std::min(wanted_, done + extra_);
+      int64_t extra = 0;
+      while (extra < extra_ && first_column(done + extra) < full_) ++extra;
+      wanted_ = std::min(wanted_, done + extra);
     }
     // Where nothing is left, nothing can be added.
     if (passed_ && left == 0) wanted_ = std::min(wanted_, done);
@@ -45,6 +51,7 @@ class StopTest {
  private:
   int64_t columns_, block_, extra_;
   double allowed_;
+  int64_t full_;
   int64_t wanted_;
   bool passed_ = false;
   std::vector<double> left_;
