@@ -42,7 +42,8 @@ def _full_rank(report: Report, n: int, blocks: tuple[int, ...]) -> list[Row]:
     find = partial(adaptive_range_finder, a, 0.0, trim=False, method="right_looking", sketch="plain")
     work: dict[str, Callable[[], object]] = {}
     for block in blocks:
-        work[f"1 queue, b = {block}"] = partial(find, block=block)
+        work[f"1 queue, b = {block}"] = partial(find, block=block, look_ahead=False)
+        work[f"3 queues, b = {block}"] = partial(find, block=block, look_ahead=True)
     work["torch.linalg.qr"] = partial(torch.linalg.qr, a)
     if n <= LARGEST_SVD:
         work["torch.linalg.svd"] = partial(torch.linalg.svd, a, full_matrices=False)
