@@ -59,7 +59,7 @@ void add_matrix(Group& group, const ProjectedParameter& p, size_t owner, int64_t
   group.exp_avgs.push_back(turn_moment(p.exp_avg));
   group.exp_avg_sqs.push_back(turn_moment(p.exp_avg_sq));
   if (p.coefficients.defined()) group.coefficients.push_back(turn(p.coefficients));
-  group.steps.push_back(p.step);
+  group.steps.push_back(p.step.view(at::IntArrayRef{}));
   group.keys.push_back(
       {seed, static_cast<uint32_t>(p.key + index), static_cast<uint32_t>(std::max<int64_t>(0, p.refresh))});
   group.side = p.side;
@@ -250,7 +250,9 @@ class Step {
     // All that is allocated comes before what is written, here and in rotate.
     at::Tensor bases = found.basis;
     if (!known_to_be(true, ok, asynchronous_)) {
-      bases = at::where(ok.view({-1, 1, 1}), bases.to(x.bases.front().scalar_type()), at::stack(x.bases));
+      // In the bases' own order, so that all are copied in one launch.
+      const at::Tensor cast = bases.to(x.bases.front().scalar_type());
+      bases = at::where(ok.view({-1, 1, 1}), cast, at::stack(x.bases)).contiguous();
     }
     if (!none_known && projection_.moments == Moments::rotate) {
       rotate(x, found.basis, at::logical_and(ok, known));

@@ -127,12 +127,7 @@ FixedRankResult fixed_rank_range_finder(const Matrices& a, const FixedRankOption
   if (width != options.rank || options.ordered) {
     q = ordered(a, q, options.rank, scaling, b);
   } else if (b.defined()) {
-    at::Tensor factor = q;
-    if (scaling.exponents.defined()) {
-      factor = q.clone();
-      kernels_for(q).scale_by_powers_(factor, scaling.exponents, -1);
-    }
-    multiply_out(each(b.mT()), transposed(a), each(factor));
+    multiply_out(each(b.mT()), transposed(a), each(narrow_operand(a, q, scaling.exponents)));
   }
   FixedRankResult result{q, scaling.status, std::vector<double>(a.size(), kNaN)};
   if (options.measured) {

@@ -26,18 +26,9 @@ namespace {
 // Shares of its squared length that a column keeps: condition numbers to about 10^7, then near 1.
 constexpr double kFirstLeast = 0x1p-46, kSecondLeast = 0.5;
 
-// R of the Cholesky factorisation R^T R of a^T a, in fp64; undefined where a column keeps less than the
-// share `least` of its squared length when those before it are taken out.
-at::Tensor cholesky_factor(const at::Tensor& a, double least) {
-  const at::Tensor products = gram(a);
-  const auto [factor, info] = at::linalg_cholesky_ex(products, /*upper=*/true);
-  const at::Tensor squares = factor.diagonal().square().div_(products.diagonal());
-  const bool definite = info.item<int>() == 0 && squares.min().item<double>() > least;  // false for NaN
-  return definite ? factor : at::Tensor();
-}
-
-// The same of a stack, decided where it is: factors, the identity where they do not serve, and whether they
-// do.
+// R of the Cholesky factorisations R^T R of a^T a, in fp64, of a stack, and whether it serves, decided where
+// it is: not where a column keeps less than the share `least` of its squared length when those before it are
+// taken out.  Then the factor is the identity.
 struct CholeskyFactors {
   at::Tensor r, serves;
 };
@@ -66,13 +57,14 @@ PanelQR householder_qr(const at::Tensor& panel) {
 
 std::optional<PanelQR> cholesky_qr(const at::Tensor& panel) {
   if (panel.size(0) < panel.size(1)) return std::nullopt;
-  const at::Tensor first = cholesky_factor(panel, kFirstLeast);
-  if (!first.defined()) return std::nullopt;
-  const at::Tensor nearly = divided_by(panel, first.to(panel.scalar_type()));
-  const at::Tensor second = cholesky_factor(nearly, kSecondLeast);
-  if (!second.defined()) return std::nullopt;
-  return PanelQR{divided_by(nearly, second.to(panel.scalar_type())),
-                 second.matmul(first).to(panel.scalar_type()), Panel::cholesky_qr};
+  const at::Tensor stack = panel.unsqueeze(0);
+  const CholeskyFactors first = cholesky_factors(stack, kFirstLeast);
+  if (!first.serves.item<bool>()) return std::nullopt;
+  const at::Tensor nearly = divided_by(stack, first.r.to(panel.scalar_type()));
+  const CholeskyFactors second = cholesky_factors(nearly, kSecondLeast);
+  if (!second.serves.item<bool>()) return std::nullopt;
+  return PanelQR{divided_by(nearly, second.r.to(panel.scalar_type())).squeeze(0),
+                 second.r.matmul(first.r).to(panel.scalar_type()).squeeze(0), Panel::cholesky_qr};
 }
 
 std::optional<PanelQR> gram_schmidt_qr(const at::Tensor& panel) {

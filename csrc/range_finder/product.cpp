@@ -90,17 +90,19 @@ void multiply_out(const Matrices& out, const Matrices& a, const Matrices& b) {
   for (size_t i = 0; i < a.size(); ++i) multiply_out(out[i], a[i], b[i].to(compute_dtype(a[i])));
 }
 
-at::Tensor multiply(const Matrices& a, const at::Tensor& b, const at::Tensor& exponents) {
+at::Tensor narrow_operand(const Matrices& a, const at::Tensor& b, const at::Tensor& exponents) {
   const Kernels& kernels = kernels_for(b);
   at::Tensor factor = b;
   if (exponents.defined()) {
     factor = b.clone();
     kernels.scale_by_powers_(factor, exponents, -1);
   }
-  // Lists are multiplied in the dtype of the large operand, accumulated in the compute dtype.
-  if (kernels.products) factor = factor.to(a.front().scalar_type());
+  return kernels.products ? factor.to(a.front().scalar_type()) : factor;
+}
+
+at::Tensor multiply(const Matrices& a, const at::Tensor& b, const at::Tensor& exponents) {
   const at::Tensor out = at::empty({b.size(0), b.size(2), a.front().size(0)}, b.options()).mT();
-  multiply_out(each(out), a, each(factor));
+  multiply_out(each(out), a, each(narrow_operand(a, b, exponents)));
   return out;
 }
 

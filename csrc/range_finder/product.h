@@ -38,6 +38,10 @@ at::Tensor stacked(const Matrices& matrices, at::ScalarType dtype);
 // out[i] <- a[i] b[i], a the large operands.
 void multiply_out(const Matrices& out, const Matrices& a, const Matrices& b);
 
+// 2^-exponents b, a stack, as the narrow operand of products with `a`: in the dtype of the large one where
+// lists are multiplied so (accumulated in the compute dtype), else as it is.  exponents as in scaling.h.
+at::Tensor narrow_operand(const Matrices& a, const at::Tensor& b, const at::Tensor& exponents);
+
 // 2^-exponents[i] a[i] b[i] as a stack of column-major matrices; b a stack, exponents as in scaling.h.
 at::Tensor multiply(const Matrices& a, const at::Tensor& b, const at::Tensor& exponents);
 
