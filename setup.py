@@ -35,6 +35,7 @@ class Build(BuildExtension):
         super().finalize_options()
         # Not a temporary folder, where an editable install would compile everything anew.
         self.build_temp = "build/temp"
+        self.force = True  # ninja knows what has changed; without it nobody does
 
     def run(self):
         print(SENTENCE)

@@ -109,10 +109,13 @@ def architecture_flags(home: Path) -> list[str]:
 
 
 def find_library(name: str, folders: list[Path]) -> str:
-    """A path to link with: wheels have `lib*.so.N` only, which -l does not find."""
-    for folder in folders:
-        for found in sorted(folder.glob(f"lib{name}.so*")):
-            return str(found)
+    """A path to link with: wheels have `lib*.so.N` only, which -l does not find, and may leave those of another
+    major version behind."""
+    major = torch.version.cuda.split(".")[0]
+    for pattern in (f"lib{name}.so.{major}*", f"lib{name}.so*"):
+        for folder in folders:
+            for found in sorted(folder.glob(pattern)):
+                return str(found)
     raise SystemExit(f"lib{name}.so is in none of {', '.join(map(str, folders))}")
 
 

@@ -147,6 +147,7 @@ def main() -> None:
     options = parser.parse_args()
 
     # Seconds, which --help and wrong options need not wait.
+    import torch
     from datasets.exceptions import DatasetsError
     from transformers import Trainer, TrainingArguments, default_data_collator, set_seed
     from transformers.trainer_utils import get_last_checkpoint
@@ -168,7 +169,7 @@ def main() -> None:
         logging_steps=max(1, options.steps // 10),
         save_steps=max(1, options.steps // 4),
         save_total_limit=2,
-        use_cpu="cuda" not in galore_rrf.build_info(),
+        use_cpu=not torch.cuda.is_available() or "cuda" not in galore_rrf.build_info(),
     )
     set_seed(args.seed)  # before a model is made
     try:

@@ -46,6 +46,9 @@ _CAPTURED: dict[str, tuple[Any, ...]] = {
     "proj_type": ("std", "reverse_std", "right", "left"),
     "nonfinite": ("skip",),
 }
+_NO_STATE = (
+    "no step can be captured in a CUDA graph before there are states: take some first, also after loading"
+)
 _OFTEN = 50  # below this interval kept moments do harm
 
 
@@ -151,7 +154,12 @@ class GaLoreAdamW(AdamW):
             for group, options in ((group, SubspaceOptions.of(group)) for group in self.param_groups)
         ]
         # With ``fused=True`` GradScaler leaves unscaling and skipping to the optimizer; torch's plain path does both.
+        self._outcomes.settle()
         found_inf, grad_scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
+        if found_inf is not None and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "fused=True under GradScaler cannot be captured in a CUDA graph: whether to skip is read by the host"
+            )
         skip = found_inf is not None and bool(found_inf)
         if not skip:
             for group, options, projected, own, others in work:
@@ -169,7 +177,7 @@ class GaLoreAdamW(AdamW):
                 continue
             if grad_scale is not None:
                 for p in own + projected:
-                    _grad(p).div_(grad_scale)
+                    _grad(p).div_(grad_scale.to(p.device))
             for there in _by_device(own):
                 self._plain_step(group, options, there)
             for there in _by_device(projected):
@@ -180,8 +188,11 @@ class GaLoreAdamW(AdamW):
     @torch.no_grad()
     def _plain_step(self, group: dict[str, Any], options: SubspaceOptions, params: list[Tensor]) -> None:
         """AdamW with moments or an arithmetic that torch's own does not have."""
+        capturing = params[0].is_cuda and torch.cuda.is_current_stream_capturing()
         for p in params:
             if not self.state[p]:
+                if capturing:
+                    raise RuntimeError(_NO_STATE)
                 self.state[p].update(
                     step=torch.zeros((), dtype=torch.float32, device=p.device),
                     **{
@@ -254,9 +265,8 @@ class GaLoreAdamW(AdamW):
     @torch.no_grad()
     def _projected_step(self, group: dict[str, Any], options: SubspaceOptions, params: list[Tensor]) -> None:
         """Refreshes that may change shapes first, then the step of all."""
-        if any(p.is_cuda for p in params) and torch.cuda.is_current_stream_capturing():
-            _check_captured(group, params, self.state)
-        self._outcomes.settle()
+        if params[0].is_cuda and torch.cuda.is_current_stream_capturing():
+            self._check_captured(group, params)
         self._init_projected(params, options)
         for p in params:
             follow(p, self.state[p], options)
@@ -291,6 +301,19 @@ class GaLoreAdamW(AdamW):
             [coefficients.get(p) for p in params],
         )
 
+    def _check_captured(self, group: dict[str, Any], params: Iterable[Tensor]) -> None:
+        """Raises for what a CUDA graph cannot capture: steps that wait for the device, and states yet to be made."""
+        for key, captured in _CAPTURED.items():
+            if group[key] not in captured:
+                raise RuntimeError(
+                    f"{key}={group[key]!r} cannot be captured in a CUDA graph, since its steps wait for the device "
+                    f"(captured: {key}={' or '.join(map(repr, captured))})"
+                )
+        for p in params:
+            state = self.state.get(p)
+            if not state or state["step"].device != p.device or not self._outcomes.is_known(state):
+                raise RuntimeError(_NO_STATE)
+
     def _two_sided_step(self, p: Tensor, group: dict[str, Any], options: SubspaceOptions) -> None:
         beta1, beta2 = map(float, group["betas"])
         two_sided.step(
@@ -318,36 +341,40 @@ class GaLoreAdamW(AdamW):
         weights = [as_matrices(p) for p in params]
         beta1, beta2 = group["betas"]
         seconds = torch.zeros(len(params), dtype=torch.float64, device="cpu")
-        outcomes = ops.projected_adamw_(
-            weights,
-            [as_matrices(_grad(p)) for p in params],
-            [state["exp_avg"] for state in states],
-            [state["exp_avg_sq"] for state in states],
-            [state["basis"] for state in states],
-            [state["step"] for state in states],
-            coefficients,
-            [state["side"] for state in states],
-            [state["key"] for state in states],
-            refreshes,
-            lr=group["lr"],
-            beta1=float(beta1),
-            beta2=float(beta2),
-            eps=group["eps"],
-            weight_decay=group["weight_decay"],
-            scale=options.scale,
-            maximize=group["maximize"],
-            correct_bias=group.get("correct_bias", True),
-            arithmetic=options.arithmetic,
-            sketch=options.sketch,
-            power=options.power,
-            oversampling=options.oversampling,
-            moments=options.moments,
-            seed=options.seed,
-            stochastic_rounding=options.stochastic_rounding,
-            refresh_seconds=seconds,
-            exp_avg_scales=[moments.scale(state, "exp_avg") for state in states],
-            exp_avg_sq_scales=[moments.scale(state, "exp_avg_sq") for state in states],
-        )
+        try:
+            outcomes = ops.projected_adamw_(
+                weights,
+                [as_matrices(_grad(p)) for p in params],
+                [state["exp_avg"] for state in states],
+                [state["exp_avg_sq"] for state in states],
+                [state["basis"] for state in states],
+                [state["step"] for state in states],
+                coefficients,
+                [state["side"] for state in states],
+                [state["key"] for state in states],
+                refreshes,
+                lr=group["lr"],
+                beta1=float(beta1),
+                beta2=float(beta2),
+                eps=group["eps"],
+                weight_decay=group["weight_decay"],
+                scale=options.scale,
+                maximize=group["maximize"],
+                correct_bias=group.get("correct_bias", True),
+                arithmetic=options.arithmetic,
+                sketch=options.sketch,
+                power=options.power,
+                oversampling=options.oversampling,
+                moments=options.moments,
+                seed=options.seed,
+                stochastic_rounding=options.stochastic_rounding,
+                refresh_seconds=seconds,
+                exp_avg_scales=[moments.scale(state, "exp_avg") for state in states],
+                exp_avg_sq_scales=[moments.scale(state, "exp_avg_sq") for state in states],
+            )
+        except BaseException:
+            self._outcomes.forget(states)
+            raise
         self._refresh_seconds += float(seconds.sum())
         self._outcomes.add(outcomes, states)
         for p, weight in zip(params, weights, strict=True):
@@ -504,21 +531,6 @@ def _check_states(
                     f"the state of {name} was made under another rank than the group's {group['rank']} "
                     "(nothing was written)"
                 )
-
-
-def _check_captured(
-    group: dict[str, Any], params: Iterable[Tensor], state: Mapping[Tensor, dict[str, Any]]
-) -> None:
-    """Raises for what a CUDA graph cannot capture: steps that wait for the device, and states yet to be made."""
-    for key, captured in _CAPTURED.items():
-        if group[key] not in captured:
-            raise RuntimeError(
-                f"{key}={group[key]!r} cannot be captured in a CUDA graph, since its steps wait for the device "
-                f"(captured: {key}={' or '.join(map(repr, captured))})"
-            )
-    for name, p in _names(group, params):
-        if p not in state or not state[p]:
-            raise RuntimeError(f"{name} has no state yet: take a few steps before a CUDA graph is captured")
 
 
 def _check_gradients(group: dict[str, Any], params: Iterable[Tensor]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, MutableMapping, Sequence
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 _STEPPED, _REFRESHED = 2, 3  # outcomes of ops.projected_adamw_, which are ordered
+_UNKNOWN = 255
 
 
 class Outcomes:
@@ -22,6 +24,7 @@ class Outcomes:
     def __init__(self) -> None:
         self._pending: list[tuple[torch.cuda.Event, Tensor, list[dict[str, Any]]]] = []
         self._taken: MutableMapping[Tensor, int] = WeakIdKeyDictionary()  # by the count on the device
+        self._captured = False  # whether a graph may have been replayed, whose steps the device alone counts
 
     def taken(self, state: dict[str, Any]) -> int:
         """Steps taken before, as far as known."""
@@ -32,14 +35,18 @@ class Outcomes:
             self._taken[step] = int(step)  # waits; once, after loading
         return self._taken[step]
 
+    def is_known(self, state: dict[str, Any]) -> bool:
+        """Whether `taken` need not wait."""
+        return state["step"].device.type == "cpu" or state["step"] in self._taken
+
     def add(self, outcomes: Tensor, states: Sequence[dict[str, Any]]) -> None:
         """The outcomes (uint8, one a state) of a step that has been enqueued."""
         if outcomes.device.type == "cpu":
             _count(outcomes, states, lambda state: int(state["step"]) - 1)
         elif torch.cuda.is_current_stream_capturing():
-            self._taken.clear()  # a graph's replays are counted on the device alone
+            self._captured = True
         else:
-            copy = torch.empty(outcomes.shape, dtype=outcomes.dtype, device="cpu", pin_memory=True)
+            copy = torch.full(outcomes.shape, _UNKNOWN, dtype=outcomes.dtype, device="cpu").pin_memory()
             with torch.cuda.device(outcomes.device):
                 copy.copy_(outcomes, non_blocking=True)
                 event = torch.cuda.Event()
@@ -47,15 +54,27 @@ class Outcomes:
             self._pending.append((event, copy, list(states)))
 
     def settle(self) -> None:
-        """Waits for the steps enqueued before, and counts them; not while a graph is captured."""
-        if not self._pending or torch.cuda.is_current_stream_capturing():
+        """Waits for the steps enqueued before, and counts them."""
+        if not self._pending and not self._captured:
             return
+        capturing = torch.cuda.is_current_stream_capturing()
         for event, outcomes, states in self._pending:
-            event.synchronize()
+            if capturing:  # no event may be asked then: watched is the memory that the outcomes come to
+                while bool((outcomes == _UNKNOWN).any()):
+                    time.sleep(1e-4)
+            else:
+                event.synchronize()
             _count(outcomes, states, self.taken)
             for state, outcome in zip(states, outcomes.tolist(), strict=True):
                 self._taken[state["step"]] = self.taken(state) + (outcome >= _STEPPED)
         self._pending.clear()
+        if self._captured and not capturing:
+            self._taken.clear()
+
+    def forget(self, states: Sequence[dict[str, Any]]) -> None:
+        """What became of these states' step is not known."""
+        for state in states:
+            self._taken.pop(state["step"], None)
 
 
 def _count(

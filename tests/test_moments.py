@@ -203,7 +203,7 @@ class Plain:
     def __init__(self, dtype, state_dtype, device="cpu", shapes=((5,), (300,), (17, 33), (3, 20, 20))):
         compute = torch.float64 if dtype == torch.float64 else torch.float32
         self.params = [torch.randn(s, generator=generator(i)).to(device, dtype) for i, s in enumerate(shapes)]
-        self.steps = [torch.zeros(()) for _ in shapes]
+        self.steps = [torch.zeros((), device=device) for _ in shapes]
         self.moments = [{} for _ in shapes]
         for p, state in zip(self.params, self.moments, strict=True):
             for name in moments.NAMES:
@@ -221,6 +221,7 @@ class Plain:
         """A copy where the reference runs."""
         twin = copy.deepcopy(self)
         twin.params = [p.cpu() for p in twin.params]
+        twin.steps = [t.cpu() for t in twin.steps]
         twin.moments = [{key: value.cpu() for key, value in state.items()} for state in twin.moments]
         return twin
 

@@ -3,6 +3,7 @@
 
 import copy
 import pickle
+import threading
 
 import pytest
 import torch
@@ -45,6 +46,45 @@ def test_pending_steps_are_counted_once(monkeypatch):
         assert [s["last_refresh"] for s in states] == [7, 5, 0]
         assert [outcomes.taken(s) for s in states] == [8, 8, 7]
         assert event.waited == 1
+
+
+def test_a_step_before_a_capture_is_counted_without_a_call(monkeypatch):
+    """Guards against a graph that is captured on the decision of the step before last."""
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    one = state(4, 1, 0)
+    outcomes, event = Outcomes(), Event()
+    outcomes._taken[one["step"]] = 4
+    monkeypatch.setattr(Outcomes, "taken", lambda self, s: self._taken[s["step"]])
+    told = torch.tensor([255], dtype=torch.uint8)
+    outcomes._pending.append((event, told, [one]))
+    timer = threading.Timer(0.05, lambda: told.fill_(REFRESHED))
+    timer.start()
+    outcomes.settle()
+    timer.join()
+    assert (one["refreshes"], one["last_refresh"], outcomes.taken(one)) == (2, 4, 5)
+    assert event.waited == 0
+
+
+@pytest.mark.usefixtures("_not_capturing")
+def test_replays_are_counted_by_the_device(monkeypatch):
+    """Guards against a schedule that does not know of steps that a graph has taken."""
+    one = state(4, 1, 0)
+    outcomes, event = Outcomes(), Event()
+    outcomes._captured = True
+    outcomes._taken[one["step"]] = 4
+    outcomes._pending.append((event, torch.tensor([STEPPED], dtype=torch.uint8), [one]))
+    outcomes.settle()
+    assert len(outcomes._taken) == 0  # read again when asked for
+
+
+@pytest.mark.usefixtures("_not_capturing")
+def test_a_step_that_failed_is_not_counted():
+    """Guards against counts that are off by one for good after an error."""
+    states = [state(3), state(3)]
+    outcomes = Outcomes()
+    outcomes._taken.update({s["step"]: 3 for s in states})
+    outcomes.forget(states[:1])
+    assert list(outcomes._taken.values()) == [3]
 
 
 def test_on_a_cpu_outcomes_are_known_at_once():

@@ -62,7 +62,7 @@ class State:
             self.exp_avg_sqs.append(torch.zeros(moments, dtype=compute, device=device))
             rows = n if side == RIGHT else m
             self.bases.append(torch.zeros(*batch, rows, rank, dtype=basis_dtype or compute, device=device))
-            self.steps.append(torch.zeros((), dtype=torch.float32))
+            self.steps.append(torch.zeros((), dtype=torch.float32, device=device))
             self.keys.append(key)
             key += math.prod(batch) if batch else 1
 
@@ -404,7 +404,7 @@ def test_no_rows(device, shape, side, moments):
     """Guards against an error on the empty shard that a rank holds of a small sharded weight."""
     w = torch.zeros(shape, device=device)
     q = torch.linalg.qr(torch.randn(8, 3, generator=generator(1)))[0].to(device)
-    t = torch.zeros(())
+    t = torch.zeros((), device=device)
     args = (
         [w],
         [w.clone()],
@@ -557,7 +557,7 @@ def test_bad_arguments(device, error, message, change):
         "coefficients": [None], "sides": [0], "keys": [0], "refreshes": [0], **ADAM,
     }  # fmt: skip
     change(arguments)
-    for name in ("params", "grads", "exp_avgs", "exp_avg_sqs", "bases", "coefficients"):
+    for name in ("params", "grads", "exp_avgs", "exp_avg_sqs", "bases", "steps", "coefficients"):
         arguments[name] = [None if t is None else t.to(device) for t in arguments[name]]
     weights = [w.clone() for w in arguments["params"]]
     with pytest.raises(error, match=message):

@@ -46,6 +46,7 @@ OPTIONS = {
     "tolerance": [{"tolerance": 0.4}, {"tolerance": 0.2, "proj_type": "reverse_std"}],
     "nonfinite": [{"nonfinite": "raise"}],
     "seed": [{"seed": 2**63 - 1}],
+    "stochastic_rounding": [{"stochastic_rounding": True}],
     "arithmetic": [{"arithmetic": "bitsandbytes"}, {"arithmetic": "galore_torch", "projector": "svd"}],
     "preset": [{"preset": "default"}, {"preset": "published"}],
     "state_dtype": [{"state_dtype": torch.bfloat16}, {"state_dtype": torch.uint8}],

@@ -1,6 +1,7 @@
 // What the operators share: checks of their arguments, and batches.
 #pragma once
 
+#include <ATen/Context.h>
 #include <ATen/core/Tensor.h>
 #include <c10/core/DeviceGuard.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
@@ -32,6 +33,15 @@ class OperatorScope {
  private:
   c10::DeviceGuard device_;
   c10::impl::ExcludeDispatchKeyGuard no_autocast_{c10::autocast_dispatch_keyset};
+};
+
+// The same without TF32, which no panel bears.
+class ExactScope : public OperatorScope {
+ public:
+  using OperatorScope::OperatorScope;
+
+ private:
+  at::NoTF32Guard no_tf32_;
 };
 
 // A batch seen as a list of matrices, and its leading dimensions.

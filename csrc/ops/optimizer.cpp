@@ -131,6 +131,8 @@ void check_parameter(const ProjectedParameter& p, size_t index) {
   check_gradient("projected_adamw_", w, p.grad, index);
   TORCH_CHECK_VALUE(p.basis.dim() == w.dim(), "Invalid basis: ", p.basis.dim(), " dimensions (must be ",
                     w.dim(), " as of the weight)", at_index());
+  TORCH_CHECK_VALUE(p.basis.device() == w.device(), "Invalid basis: on ", p.basis.device(), " (must be on ",
+                    w.device(), " as the weight is)", at_index());
   TORCH_CHECK_TYPE(at::isFloatingType(p.basis.scalar_type()), "Invalid basis: ", p.basis.scalar_type(),
                    " (must be real floating-point)", at_index());
   const int64_t m = w.size(-2), n = w.size(-1), r = p.basis.size(-1);
@@ -270,6 +272,8 @@ at::Tensor dequantize_moment_op(const at::Tensor& codes, const at::Tensor& scale
                    "dequantize_moment expects Byte codes and a Float scale, got ", codes.scalar_type(),
                    " and ", scale.scalar_type());
   const auto scales = scale_shape(codes.sizes());
+  TORCH_CHECK_VALUE(scale.device() == codes.device(), "Invalid scale: on ", scale.device(), " (must be on ",
+                    codes.device(), " as the codes are)");
   TORCH_CHECK_VALUE(scale.sizes() == at::IntArrayRef(scales), "Invalid scale: shape ", scale.sizes(),
                     " (must be ", at::IntArrayRef(scales), " for codes of shape ", codes.sizes(), ")");
   const at::Tensor values = at::empty(codes.sizes(), scale.options());
@@ -285,11 +289,17 @@ std::tuple<at::Tensor, at::Tensor> rotate_moments_op(const at::Tensor& exp_avg, 
                                                      const at::Tensor& basis, const at::Tensor& new_basis,
                                                      int64_t side, double bias_correction1,
                                                      double bias_correction2) {
-  const OperatorScope scope(exp_avg);
+  const ExactScope scope(exp_avg);
   const bool right = side_from_int(side) == Side::right;
   TORCH_CHECK_VALUE(exp_avg.dim() >= 2 && exp_avg.sizes() == exp_avg_sq.sizes(),
                     "exp_avg and exp_avg_sq must be matrices of one shape, got ", exp_avg.sizes(), " and ",
                     exp_avg_sq.sizes());
+  TORCH_CHECK_VALUE(exp_avg_sq.scalar_type() == exp_avg.scalar_type() &&
+                        exp_avg_sq.device() == exp_avg.device() && basis.device() == exp_avg.device() &&
+                        new_basis.device() == exp_avg.device(),
+                    "exp_avg and exp_avg_sq must have one dtype and all be on one device, got ",
+                    exp_avg.scalar_type(), ", ", exp_avg_sq.scalar_type(), " on ", exp_avg.device(), ", ",
+                    exp_avg_sq.device(), ", ", basis.device(), " and ", new_basis.device());
   TORCH_CHECK_VALUE(basis.dim() == exp_avg.dim() && basis.size(-1) == exp_avg.size(right ? -1 : -2),
                     "Invalid basis: shape ", basis.sizes(), " (must have a column for each of the ",
                     exp_avg.size(right ? -1 : -2), " components of the moments)");

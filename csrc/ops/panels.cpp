@@ -47,7 +47,7 @@ void check_reflector(const char* op, const at::Tensor& v, const at::Tensor& t) {
 }  // namespace
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> panel_qr_op(const at::Tensor& panel, c10::string_view method) {
-  const OperatorScope scope(panel);
+  const ExactScope scope(panel);
   check_matrix("panel_qr", panel);
   const Panel how = panel_from_name(text(method), "method");
   const Batch batch(panel);
@@ -64,7 +64,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> panel_qr_op(const at::Tensor& pan
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> orthonormal_panel_op(const at::Tensor& panel,
                                                                     c10::string_view method) {
-  const OperatorScope scope(panel);
+  const ExactScope scope(panel);
   check_matrix("orthonormal_panel", panel);
   const Panel how = panel_from_name(text(method), "method");
   const Batch batch(panel);
@@ -81,7 +81,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> orthonormal_panel_op(const at::Te
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> householder_reconstruction_op(const at::Tensor& q) {
-  const OperatorScope scope(q);
+  const ExactScope scope(q);
   check_tall("householder_reconstruction", q);
   const Batch batch(q);
   const int64_t p = q.size(-2), w = q.size(-1);
@@ -98,7 +98,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> householder_reconstruction_op(con
 
 at::Tensor apply_block_reflector_op(const at::Tensor& v, const at::Tensor& t, const at::Tensor& a,
                                     bool transpose) {
-  const OperatorScope scope(a);
+  const ExactScope scope(a);
   check_reflector("apply_block_reflector", v, t);
   TORCH_CHECK_VALUE(a.dim() == v.dim() && a.size(-2) == v.size(-2) &&
                         a.sizes().slice(0, a.dim() - 2) == v.sizes().slice(0, v.dim() - 2) &&
@@ -116,7 +116,7 @@ at::Tensor apply_block_reflector_op(const at::Tensor& v, const at::Tensor& t, co
 }
 
 at::Tensor explicit_basis_op(const at::Tensor& v, const at::Tensor& t) {
-  const OperatorScope scope(v);
+  const ExactScope scope(v);
   check_reflector("explicit_basis", v, t);
   const Batch vs(v), ts(t);
   const at::Tensor q = buffer(vs, v.size(-2), v.size(-1));
@@ -128,7 +128,7 @@ at::Tensor explicit_basis_op(const at::Tensor& v, const at::Tensor& t) {
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> svd_of_product_op(const at::Tensor& basis,
                                                                  const at::Tensor& coefficients) {
-  const OperatorScope scope(basis);
+  const ExactScope scope(basis);
   check_basis("svd_of_product", basis);
   TORCH_CHECK_VALUE(
       coefficients.dim() == basis.dim() && coefficients.size(-2) == basis.size(-1) &&

@@ -162,7 +162,7 @@ void add_product_rounded_(const at::Tensor& w, Side side, const at::Tensor& q, c
   for (int64_t start = 0; start < rows.size(0); start += most) {
     const int64_t height = std::min(most, rows.size(0) - start);
     const at::Tensor part = tile.narrow(0, 0, height);
-    multiply_out({part}, {left.narrow(0, start, height)}, {right});
+    multiply_out(part, left.narrow(0, start, height), right);
     kernels_for(w).add_rounded_(rows.narrow(0, start, height), part, decay, key.seed, key.matrix, step,
                                 start * cols);
   }
@@ -310,16 +310,16 @@ class Step {
     const bool rounding = projection_.stochastic_rounding && (dtype == at::kBFloat16 || dtype == at::kHalf);
     if (kernels.products && !rounding) {
       const at::Tensor decay = lr_.mul(-adamw_.weight_decay).add_(1).to(projected.scalar_type());
-      if (kernels.products(x.weights, x.bases, each(projected.to(dtype)), decay, outcomes)) return;
+      // Without decay what is skipped adds a step of 0, and no one need look.
+      const at::Tensor skipping = adamw_.weight_decay == 0 ? at::Tensor() : outcomes;
+      if (kernels.products(x.weights, x.bases, each(projected.to(dtype)), decay, skipping)) return;
     }
     for (int64_t i = 0; i < x.count(); ++i) {
       const auto at = static_cast<size_t>(i);
       const at::Tensor decay = factors.select(0, i).select(0, 2);
       at::Tensor weight = x.weights[at];
       if (rounding) {
-        // Lists are multiplied in the weight's dtype (multiply_out), single matrices in the compute dtype.
-        const at::ScalarType operands = kernels.products ? dtype : projected.scalar_type();
-        add_product_rounded_(weight, x.side, x.bases[at].to(operands), projected.select(0, i).to(operands),
+        add_product_rounded_(weight, x.side, x.bases[at].to(projected.scalar_type()), projected.select(0, i),
                              decay, x.keys[at], x.steps[at].to(at::kDouble));
       } else if (asynchronous_ || moves(outcomes.const_data_ptr<uint8_t>()[i])) {
         add_product_(weight, x.bases[at].to(projected.scalar_type()), projected.select(0, i), decay);
@@ -385,7 +385,7 @@ at::Tensor projected_adamw_(const std::vector<ProjectedParameter>& parameters, c
   const auto byte = at::TensorOptions().dtype(at::kByte);
   if (parameters.empty()) return at::empty({0}, byte);
   const at::Tensor& first = parameters.front().weight;
-  const bool waitless = asynchronous.value_or(!first.is_cpu());
+  const bool waitless = asynchronous.value_or(false) || !first.is_cpu();  // there the host may not look
   const std::vector<Group> groups = groups_of(parameters, projection.seed, waitless);
   std::vector<double> costs;
   for (const Group& x : groups) {

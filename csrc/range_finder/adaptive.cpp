@@ -1,5 +1,6 @@
 #include "range_finder/adaptive.h"
 
+#include <ATen/Context.h>
 #include <ATen/ops/zeros.h>
 
 #include <algorithm>
@@ -61,6 +62,7 @@ int64_t block_cap(int64_t m, int64_t n, const AdaptiveOptions& options) {
 }
 
 AdaptiveResult adaptive_range_finder(const at::Tensor& a, const AdaptiveOptions& options) {
+  const at::NoTF32Guard no_tf32;  // what is left of a matrix would be TF32's rounding
   const int64_t m = a.size(0), n = a.size(1);
   const at::ScalarType dtype = compute_dtype(a);
   const auto ended = [&](Status status, double residual) {

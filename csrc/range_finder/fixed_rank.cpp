@@ -1,5 +1,6 @@
 #include "range_finder/fixed_rank.h"
 
+#include <ATen/Context.h>
 #include <ATen/ops/cat.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/full.h>
@@ -78,11 +79,22 @@ bool all_safe(const at::Tensor& sketches) {
   return true;
 }
 
+// B = Q^T 2^-exponents a; with Q as it is where a residual is to rest on that, else rounded to the dtype of a
+// where lists are multiplied together.
+void coefficients_out(const at::Tensor& b, const Matrices& a, const at::Tensor& q,
+                      const at::Tensor& exponents, bool exact) {
+  at::Tensor factor = scaled_down(q, exponents);
+  if (kernels_for(q).products && !exact) factor = factor.to(a.front().scalar_type());
+  multiply_out(each(b.mT()), transposed(a), each(factor));
+}
+
 // The `rank` directions of most energy of Q, which is wider or in no order, and Q^T a of them.  Eigenvalue
 // and singular value decompositions wait for the device, and refuse what is not finite.
 at::Tensor ordered(const Matrices& a, const at::Tensor& q, int64_t rank, const Scaling& scaling,
-                   const at::Tensor& coefficients) {
-  const at::Tensor wide = multiply(transposed(a), q, scaling.exponents).mT();
+                   const at::Tensor& coefficients, bool exact) {
+  const at::NoTF32Guard no_tf32;
+  const at::Tensor wide = at::empty({q.size(0), a.front().size(1), q.size(2)}, q.options()).mT();
+  coefficients_out(wide, a, q, scaling.exponents, exact);
   const at::Tensor nothing = scaling.status.ne(static_cast<int64_t>(Status::converged));
   if (nothing.any().item<bool>()) wide.masked_fill_(nothing.view({-1, 1, 1}), 0);
   const at::Tensor result = at::empty({q.size(0), rank, q.size(1)}, q.options()).mT();
@@ -125,9 +137,9 @@ FixedRankResult fixed_rank_range_finder(const Matrices& a, const FixedRankOption
   y.reset();
   const at::Tensor& b = coefficients;
   if (width != options.rank || options.ordered) {
-    q = ordered(a, q, options.rank, scaling, b);
+    q = ordered(a, q, options.rank, scaling, b, options.measured);
   } else if (b.defined()) {
-    multiply_out(each(b.mT()), transposed(a), each(narrow_operand(a, q, scaling.exponents)));
+    coefficients_out(b, a, q, scaling.exponents, options.measured);
   }
   FixedRankResult result{q, scaling.status, std::vector<double>(a.size(), kNaN)};
   if (options.measured) {

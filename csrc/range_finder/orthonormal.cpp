@@ -113,12 +113,12 @@ at::Tensor gram(const at::Tensor& a) {
 
 at::Tensor orthonormal_bases_(const at::Tensor& panels, Panel method, bool asynchronous) {
   const Kernels& kernels = kernels_for(panels);
+  const at::NoTF32Guard no_tf32;
   if (!asynchronous || method == Panel::gram_schmidt) {
     if (panels.size(0) == 1) return orthonormal_panel(panels.select(0, 0), method).q.unsqueeze(0);
     for (const at::Tensor& panel : panels.unbind(0)) panel.copy_(orthonormal_panel(panel, method).q);
     return panels;
   }
-  const at::NoTF32Guard no_tf32;
   const at::Tensor all = at::ones({panels.size(0)}, panels.options().dtype(at::kByte));
   if (method == Panel::householder || (method == Panel::automatic && !kernels.cholesky_qr_pays())) {
     kernels.householder_(panels, all);

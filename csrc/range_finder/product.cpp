@@ -90,19 +90,18 @@ void multiply_out(const Matrices& out, const Matrices& a, const Matrices& b) {
   for (size_t i = 0; i < a.size(); ++i) multiply_out(out[i], a[i], b[i].to(compute_dtype(a[i])));
 }
 
-at::Tensor narrow_operand(const Matrices& a, const at::Tensor& b, const at::Tensor& exponents) {
-  const Kernels& kernels = kernels_for(b);
-  at::Tensor factor = b;
-  if (exponents.defined()) {
-    factor = b.clone();
-    kernels.scale_by_powers_(factor, exponents, -1);
-  }
-  return kernels.products ? factor.to(a.front().scalar_type()) : factor;
+at::Tensor scaled_down(const at::Tensor& b, const at::Tensor& exponents) {
+  if (!exponents.defined()) return b;
+  const at::Tensor result = b.clone();
+  kernels_for(b).scale_by_powers_(result, exponents, -1);
+  return result;
 }
 
 at::Tensor multiply(const Matrices& a, const at::Tensor& b, const at::Tensor& exponents) {
+  at::Tensor factor = scaled_down(b, exponents);
+  if (kernels_for(b).products) factor = factor.to(a.front().scalar_type());
   const at::Tensor out = at::empty({b.size(0), b.size(2), a.front().size(0)}, b.options()).mT();
-  multiply_out(each(out), a, each(narrow_operand(a, b, exponents)));
+  multiply_out(each(out), a, each(factor));
   return out;
 }
 

@@ -38,11 +38,11 @@ at::Tensor stacked(const Matrices& matrices, at::ScalarType dtype);
 // out[i] <- a[i] b[i], a the large operands.
 void multiply_out(const Matrices& out, const Matrices& a, const Matrices& b);
 
-// 2^-exponents b, a stack, as the narrow operand of products with `a`: in the dtype of the large one where
-// lists are multiplied so (accumulated in the compute dtype), else as it is.  exponents as in scaling.h.
-at::Tensor narrow_operand(const Matrices& a, const at::Tensor& b, const at::Tensor& exponents);
+// 2^-exponents b of a stack; exponents as in scaling.h.
+at::Tensor scaled_down(const at::Tensor& b, const at::Tensor& exponents);
 
-// 2^-exponents[i] a[i] b[i] as a stack of column-major matrices; b a stack, exponents as in scaling.h.
+// 2^-exponents[i] a[i] b[i] as a stack of column-major matrices, b a stack.  For sketches: where lists are
+// multiplied together b is rounded to the dtype of a.
 at::Tensor multiply(const Matrices& a, const at::Tensor& b, const at::Tensor& exponents);
 
 }  // namespace galore_rrf

@@ -1,5 +1,7 @@
 #include "range_finder/residual.h"
 
+#include <ATen/Context.h>
+
 #include <cmath>
 
 #include "math/compensated_sum.h"
@@ -21,6 +23,7 @@ double kept_energy(const at::Tensor& basis, const at::Tensor& coefficients) {
 
 double relative_residual(const ScaledMatrix& matrix, const at::Tensor& basis,
                          const at::Tensor& coefficients) {
+  const at::NoTF32Guard no_tf32;
   const double total = matrix.squared_norm;
   double left = total - kept_energy(basis, coefficients);
   if (left < kDifferenceTells * kDifferenceTells * total) {

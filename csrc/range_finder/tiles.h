@@ -16,8 +16,9 @@ inline int64_t outer_dim(const at::Tensor& a) { return a.stride(0) >= a.stride(1
 
 // Rows of a tile along `dim`.
 inline int64_t tile_extent(const at::Tensor& a, int64_t dim) {
-  constexpr int64_t kEntries = 1 << 17;  // an fp32 tile of 512 KiB stays in the second-level cache
-  return std::clamp<int64_t>(kEntries / std::max<int64_t>(1, a.size(1 - dim)), 1,
+  // On a CPU an fp32 tile of 512 KiB stays in the second-level cache; elsewhere launches cost more.
+  const int64_t entries = a.is_cpu() ? 1 << 17 : 1 << 24;
+  return std::clamp<int64_t>(entries / std::max<int64_t>(1, a.size(1 - dim)), 1,
                              std::max<int64_t>(1, a.size(dim)));
 }
 

@@ -1,5 +1,6 @@
 #include "range_finder/trailing_rows.h"
 
+#include <ATen/Parallel.h>
 #include <ATen/ThreadLocalState.h>
 #include <ATen/ops/empty.h>
 
@@ -90,7 +91,8 @@ class TrailingRows final : public Blocks {
         reflectors_(work_.size(0), work_.options()) {}
 
   void grow(StopTest& stop) override {
-    if (look_ahead_) {
+    // A matrix a thread leaves no cores to look ahead with.
+    if (look_ahead_ && !(work_.is_cpu() && at::in_parallel_region())) {
       grow_ahead(stop);
       return;
     }

@@ -33,6 +33,10 @@ _IMPORT = (
 )
 
 
+# Keys that files of version 1 may be without: they are as the optimizer has them.
+_LATER = ("stochastic_rounding",)
+
+
 def completed_groups(
     groups: Sequence[Mapping[str, Any]], saved: Sequence[Mapping[str, Any]]
 ) -> list[dict[str, Any]]:
@@ -52,7 +56,8 @@ def completed_groups(
                 f"Invalid schema_version: {version!r} (this galore_rrf reads {SCHEMA_VERSION}; later ones "
                 "need the galore_rrf that wrote them)"
             )
-        completed.append({**loaded, **resolve(loaded)})
+        later = {key: own[key] for key in _LATER if key in own and key not in loaded}
+        completed.append({**loaded, **resolve({**later, **loaded})})
     return completed
 
 

@@ -68,5 +68,5 @@ def _optimizer(model: nn.Module, args: TrainingArguments, groups: dict[str, Any]
         lr=args.learning_rate,
         betas=(args.adam_beta1, args.adam_beta2),
         eps=args.adam_epsilon,
-        fused=args.optim == OptimizerNames.ADAMW_TORCH_FUSED,
+        fused=True if args.optim == OptimizerNames.ADAMW_TORCH_FUSED else None,  # torch then chooses
     )

@@ -1,5 +1,3 @@
-// The loader chooses function clones before a sanitizer has begun.
-#define GALORE_RRF_NO_SIMD_CLONES
 #include "cuda/rounding.cuh"
 
 #include "calls.h"
