@@ -75,7 +75,7 @@ def range_finder(
     `ordered` sorts the basis columns by the energy they keep (always so with oversampling).
     Matrix i of a batch uses the test matrix of `key + i`.  `asynchronous` (by default: on CUDA): the matrices
     of a batch are sketched together, scaled whether they need it or not, and fallbacks are decided on the
-    device; nobody waits for it, but for residuals (where there are coefficients), oversampling and `ordered`.
+    device, for which only the statuses at the end, residuals, oversampling and `ordered` wait.
 
     Returns basis (..., m, rank), coefficients Q^T a (..., rank, n) (rank 0 without `coefficients`), the
     relative residual (...) in fp64 (NaN without coefficients) and the uint8 status (...).  Basis and
