@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, MutableMapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,6 +16,25 @@ _STEPPED, _REFRESHED = 2, 3  # outcomes of ops.projected_adamw_, which are order
 _UNKNOWN = 255
 
 
+@dataclass(frozen=True)
+class Told:
+    """What became of a state in one step.
+
+    Attributes:
+        taken: steps before it.
+        stepped, refreshed: whether a step was taken, and in a new subspace.
+        measures: of `ops.projected_adamw_`; NaN where it measured nothing.
+    """
+
+    taken: int
+    stepped: bool
+    refreshed: bool
+    measures: tuple[float, float, float]
+
+
+Listener = Callable[[list[Told]], object]
+
+
 class Outcomes:
     """Counts steps and refreshes of the states of projected parameters.
 
@@ -22,7 +43,9 @@ class Outcomes:
     """
 
     def __init__(self) -> None:
-        self._pending: list[tuple[torch.cuda.Event, Tensor, list[dict[str, Any]]]] = []
+        self._pending: list[
+            tuple[torch.cuda.Event, Tensor, list[dict[str, Any]], Tensor | None, Listener | None]
+        ] = []
         self._taken: MutableMapping[Tensor, int] = WeakIdKeyDictionary()  # by the count on the device
         self._captured = False  # whether a graph may have been replayed, whose steps the device alone counts
 
@@ -39,32 +62,47 @@ class Outcomes:
         """Whether `taken` need not wait."""
         return state["step"].device.type == "cpu" or state["step"] in self._taken
 
-    def add(self, outcomes: Tensor, states: Sequence[dict[str, Any]]) -> None:
-        """The outcomes (uint8, one a state) of a step that has been enqueued."""
+    def add(
+        self,
+        outcomes: Tensor,
+        states: Sequence[dict[str, Any]],
+        measures: Tensor | None = None,
+        listener: Listener | None = None,
+    ) -> None:
+        """The outcomes (uint8, one a state) and measures (fp64, three a state) of a step that has been enqueued.
+
+        The listener is told of all states, in their order, once the step is known; never, where it is captured.
+        """
         if outcomes.device.type == "cpu":
-            _count(outcomes, states, lambda state: int(state["step"]) - 1)
+            _count(
+                outcomes,
+                states,
+                lambda state, outcome: int(state["step"]) - (outcome >= _STEPPED),
+                measures,
+                listener,
+            )
         elif torch.cuda.is_current_stream_capturing():
             self._captured = True
         else:
-            copy = torch.full(outcomes.shape, _UNKNOWN, dtype=outcomes.dtype, device="cpu").pin_memory()
             with torch.cuda.device(outcomes.device):
-                copy.copy_(outcomes, non_blocking=True)
+                measured = None if measures is None else _on_its_way(measures)
+                copy = _on_its_way(outcomes)  # the last to come
                 event = torch.cuda.Event()
                 event.record()
-            self._pending.append((event, copy, list(states)))
+            self._pending.append((event, copy, list(states), measured, listener))
 
     def settle(self) -> None:
         """Waits for the steps enqueued before, and counts them."""
         if not self._pending and not self._captured:
             return
         capturing = torch.cuda.is_current_stream_capturing()
-        for event, outcomes, states in self._pending:
+        for event, outcomes, states, measures, listener in self._pending:
             if capturing:  # no event may be asked then: watched is the memory that the outcomes come to
                 while bool((outcomes == _UNKNOWN).any()):
                     time.sleep(1e-4)
             else:
                 event.synchronize()
-            _count(outcomes, states, self.taken)
+            _count(outcomes, states, lambda state, _: self.taken(state), measures, listener)
             for state, outcome in zip(states, outcomes.tolist(), strict=True):
                 self._taken[state["step"]] = self.taken(state) + (outcome >= _STEPPED)
         self._pending.clear()
@@ -77,11 +115,27 @@ class Outcomes:
             self._taken.pop(state["step"], None)
 
 
+def _on_its_way(a: Tensor) -> Tensor:
+    """A copy in pinned memory, there when the device has come to it."""
+    copy = torch.full(a.shape, _UNKNOWN, dtype=a.dtype, device="cpu").pin_memory()
+    return copy.copy_(a, non_blocking=True)
+
+
 def _count(
-    outcomes: Tensor, states: Sequence[dict[str, Any]], taken: Callable[[dict[str, Any]], int]
+    outcomes: Tensor,
+    states: Sequence[dict[str, Any]],
+    taken: Callable[[dict[str, Any], int], int],
+    measures: Tensor | None,
+    listener: Listener | None,
 ) -> None:
-    """`taken`: the steps of a state before this one."""
-    for state, outcome in zip(states, outcomes.tolist(), strict=True):
-        if outcome == _REFRESHED:
+    """`taken`: the steps of a state before one with an outcome."""
+    told = []
+    rows = [3 * [math.nan] for _ in states] if measures is None else measures.tolist()
+    for state, outcome, (gradient, projected, cosine) in zip(states, outcomes.tolist(), rows, strict=True):
+        before, refreshed = taken(state, outcome), outcome == _REFRESHED
+        told.append(Told(before, outcome >= _STEPPED, refreshed, (gradient, projected, cosine)))
+        if refreshed:
             state["refreshes"] += 1
-            state["last_refresh"] = taken(state)
+            state["last_refresh"] = before
+    if listener is not None:
+        listener(told)

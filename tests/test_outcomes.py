@@ -2,6 +2,7 @@
 `add` does behind a step on CUDA, so that it can be tested without one."""
 
 import copy
+import math
 import pickle
 import threading
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 from galore_rrf import GaLoreAdamW
-from galore_rrf.outcomes import Outcomes
+from galore_rrf.outcomes import Outcomes, Told
 
 SKIPPED, DECAYED, STEPPED, REFRESHED = range(4)
 
@@ -39,13 +40,19 @@ def test_pending_steps_are_counted_once(monkeypatch):
     outcomes, event = Outcomes(), Event()
     outcomes._taken.update({s["step"]: 7 for s in states})  # counts on a device, as known
     monkeypatch.setattr(Outcomes, "taken", lambda self, s: self._taken[s["step"]])
-    outcomes._pending.append((event, torch.tensor([REFRESHED, STEPPED, SKIPPED], dtype=torch.uint8), states))
+    told = []
+    measures = torch.tensor([[4.0, 3.0, 0.5], [2.0, 1.0, math.nan], [math.nan, math.nan, math.nan]])
+    known = torch.tensor([REFRESHED, STEPPED, SKIPPED], dtype=torch.uint8)
+    outcomes._pending.append((event, known, states, measures, told.extend))
     for _ in range(2):
         outcomes.settle()
         assert [s["refreshes"] for s in states] == [3, 2, 1]
         assert [s["last_refresh"] for s in states] == [7, 5, 0]
         assert [outcomes.taken(s) for s in states] == [8, 8, 7]
         assert event.waited == 1
+        assert [t.taken for t in told] == [7, 7, 7]
+        assert [(t.stepped, t.refreshed) for t in told] == [(True, True), (True, False), (False, False)]
+        torch.testing.assert_close(torch.tensor([t.measures for t in told]), measures, equal_nan=True)
 
 
 def test_a_step_before_a_capture_is_counted_without_a_call(monkeypatch):
@@ -56,7 +63,7 @@ def test_a_step_before_a_capture_is_counted_without_a_call(monkeypatch):
     outcomes._taken[one["step"]] = 4
     monkeypatch.setattr(Outcomes, "taken", lambda self, s: self._taken[s["step"]])
     told = torch.tensor([255], dtype=torch.uint8)
-    outcomes._pending.append((event, told, [one]))
+    outcomes._pending.append((event, told, [one], None, None))
     timer = threading.Timer(0.05, lambda: told.fill_(REFRESHED))
     timer.start()
     outcomes.settle()
@@ -72,7 +79,7 @@ def test_replays_are_counted_by_the_device(monkeypatch):
     outcomes, event = Outcomes(), Event()
     outcomes._captured = True
     outcomes._taken[one["step"]] = 4
-    outcomes._pending.append((event, torch.tensor([STEPPED], dtype=torch.uint8), [one]))
+    outcomes._pending.append((event, torch.tensor([STEPPED], dtype=torch.uint8), [one], None, None))
     outcomes.settle()
     assert len(outcomes._taken) == 0  # read again when asked for
 
@@ -93,6 +100,9 @@ def test_on_a_cpu_outcomes_are_known_at_once():
     outcomes.add(torch.tensor([REFRESHED, DECAYED], dtype=torch.uint8), states)
     assert [(s["refreshes"], s["last_refresh"]) for s in states] == [(3, 7), (2, 5)]
     assert outcomes.taken(states[0]) == 8
+    told = []
+    outcomes.add(torch.tensor([STEPPED, SKIPPED], dtype=torch.uint8), states, torch.ones(2, 3), told.extend)
+    assert told == [Told(7, True, False, (1.0, 1.0, 1.0)), Told(7, False, False, (1.0, 1.0, 1.0))]
 
 
 @pytest.mark.parametrize("change", [copy.deepcopy, lambda opt: pickle.loads(pickle.dumps(opt))])
