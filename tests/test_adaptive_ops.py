@@ -11,6 +11,7 @@ from matrices import (
     assert_orthonormal,
     exponential,
     gaussian,
+    kahan,
     layout,
     norm,
     polynomial,
@@ -21,7 +22,7 @@ from matrices import (
 )
 
 from galore_rrf import reference
-from galore_rrf.ops import adaptive_range_finder
+from galore_rrf.ops import adaptive_range_finder, gaussian_sketch
 
 pytestmark = pytest.mark.core
 
@@ -110,6 +111,23 @@ def test_tolerance_zero_is_full_rank(device, m, n, block, matrix, dtype):
         assert int(found[2]) == min(m, n)
         assert projection_error(a, found[0]) <= 64 * u
         assert int(found[5]) in (CONVERGED, FLOOR)
+
+
+@pytest.mark.parametrize(("perturbation", "most"), [(0.0, math.inf), (1e-3, 16.0)])
+def test_pythagoras_as_lapacks_reflectors(device, perturbation, most):
+    """Guards against reflectors that lose length beyond the rounding of V^T A, where equal columns show it (Kahan's
+    matrix: 210 are one), and as much where columns differ."""
+    u, ours, lapacks = UNIT_ROUNDOFF[torch.float64], [], []
+    for seed in range(8):
+        a = kahan(200, 410) * (1 + perturbation * gaussian(200, 410, seed))
+        options = {"sketch": "plain", "trim": False, "block": 48, "max_rank": 48, "method": "right_looking"}
+        q, b, *_ = (t.cpu() for t in adaptive_range_finder(a.to(device), 0.0, seed=seed, **options))
+        ours.append((norm(b) ** 2 + norm(a - q @ b) ** 2) / norm(a) ** 2 - 1)
+        sketch = a @ gaussian_sketch(410, 48, seed=seed, dtype=torch.float64, device="cpu")
+        lapacks.append(norm(torch.ormqr(*torch.geqrf(sketch), a, transpose=True)) ** 2 / norm(a) ** 2 - 1)
+    rms = torch.tensor([ours, lapacks], dtype=torch.float64).square().mean(1).sqrt() / u
+    assert rms[0] <= 2 * rms[1] + 2
+    assert max(map(abs, ours)) <= most * u
 
 
 def test_status(device):

@@ -88,20 +88,8 @@ def test_on_and_off_agree_everywhere(device, matrix, dtype, panel):
     """Guards against the same in every shape and panel, over seeds, and in larger ones."""
     if dtype == torch.float16 and matrix == "row_scaled":
         pytest.skip("its entries overflow")
-    larger = [(300, 220, 32), (200, 410, 48)]
-    if matrix == "kahan" and dtype == torch.float64:
-        larger.pop()  # test_pythagoras_of_kahans_matrix
     for seed in (1, 2):
-        sweep(device, matrix, dtype, [*SHAPES, *larger], seed=seed, panel=panel)
-
-
-@pytest.mark.slow
-@pytest.mark.xfail(reason="35 u where the specification has 32 u; with look-ahead and without")
-def test_pythagoras_of_kahans_matrix(device):
-    """Guards against forgetting a known excess: one block of this matrix in fp64 loses 27 u of ||A||^2 already."""
-    for panel in ("householder", "cholesky_qr", "gram_schmidt"):
-        sweep(device, "kahan", torch.float64, [(200, 410, 48)], seed=1, panel=panel)
-        sweep(device, "kahan", torch.float64, [(200, 410, 48)], seed=2, panel=panel)
+        sweep(device, matrix, dtype, [*SHAPES, (300, 220, 32), (200, 410, 48)], seed=seed, panel=panel)
 
 
 @pytest.mark.parametrize("extra_blocks", [0, 1, 3])
