@@ -169,9 +169,10 @@ class GaLoreAdamW(AdamW):
                 if options.nonfinite == "raise":
                     _check_finite(group, projected)
         for group, options, projected, own, others in work:
+            counts_on_device = bool(group["capturable"] or group["fused"])
             for p in others:
                 if self.state[p]:
-                    follow(p, self.state[p], options)
+                    follow(p, self.state[p], options, counts_on_device=counts_on_device)
             self._torch_step(group, others)
             if skip:
                 continue

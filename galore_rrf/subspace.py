@@ -290,8 +290,14 @@ def zero_moments(p: Tensor, shape: Sequence[int], state_dtype: torch.dtype | Non
     }
 
 
-def follow(p: Tensor, state: dict[str, Any], options: SubspaceOptions) -> None:
-    """Keeps moments and basis as the weight and its group ask for by now: either may have changed."""
+def follow(
+    p: Tensor, state: dict[str, Any], options: SubspaceOptions, *, counts_on_device: bool = True
+) -> None:
+    """Keeps moments and basis as the weight and its group ask for by now: either may have changed.
+
+    counts_on_device: whether torch's own AdamW, where it takes the step, has its count beside the weight
+    (fused, capturable); else it is on the CPU.  Ours always has it there.
+    """
     plain = "basis" not in state
     shape: Sequence[int] = (p.numel(),)
     if not plain:
@@ -300,10 +306,12 @@ def follow(p: Tensor, state: dict[str, Any], options: SubspaceOptions) -> None:
             if name in state and state[name].dtype != p.dtype:
                 state[name] = state[name].to(p.dtype)
     dtype = moments.kept_dtype(math.prod(shape), options.state_dtype, compute_dtype(p))
+    device = p.device
     if plain and is_torchs(p, options):
         dtype = p.dtype
-    elif state["step"].device != p.device:
-        state["step"] = state["step"].to(p.device)
+        device = device if counts_on_device else torch.device("cpu")
+    if state["step"].device != device:
+        state["step"] = state["step"].to(device)
     if state["exp_avg"].dtype != dtype:
         moments.keep_as(state, dtype, flat=plain)
 

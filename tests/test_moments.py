@@ -11,7 +11,7 @@ from matrices import generator
 from test_projected_adamw import ADAM, LEFT, RIGHT, State
 from training import assert_same_on_a_cpu, gradient, same, set_gradients
 
-from galore_rrf import GaLoreAdamW, moments, reference
+from galore_rrf import GaLoreAdamW, moments, optimizer, reference
 from galore_rrf.ops import adamw_, dequantize_moment, projected_adamw_, quantize_moment
 
 pytestmark = pytest.mark.core
@@ -492,6 +492,32 @@ def test_plain_bf16_weights_with_fp32_moments_equal_torchs_in_fp32(device, beta2
     torch.testing.assert_close(
         opt.state[w]["exp_avg_sq"], adamw.state[mirror]["exp_avg_sq"], rtol=1e-5, atol=0
     )
+
+
+@pytest.mark.parametrize("kept", [torch.uint8, torch.float32], ids=str)
+@pytest.mark.parametrize("counted_on", ["cpu", "meta"])
+@pytest.mark.parametrize("options", [{}, {"fused": True}, {"capturable": True}], ids=str)
+def test_torch_is_handed_its_counts_where_it_wants_them(monkeypatch, options, counted_on, kept):
+    """Guards against a plain state of ours or of a file, given to torch, whose count is on another device: beside
+    the weight where it is fused or capturable, else on the CPU."""
+    w = torch.nn.Parameter(torch.zeros(99, 99, device="meta"))
+    w.grad = torch.zeros_like(w)
+    opt = GaLoreAdamW([w])
+    opt.param_groups[0].update(options)
+    opt.state[w]["step"] = torch.zeros((), device=counted_on)
+    for name in moments.NAMES:
+        opt.state[w] |= moments.kept(name, torch.zeros(99 * 99, device="meta"), kept)
+        opt.state[w][name] = opt.state[w][name].view(w.shape)
+    handed = []
+    monkeypatch.setattr(optimizer, "adamw", lambda *args, **_: handed.extend((*args[2:4], args[5])))
+    if counted_on == "meta" and not options:  # there is nothing to copy, which shows that it would have been
+        with pytest.raises(NotImplementedError, match="Cannot copy out of meta tensor"):
+            opt.step()
+        return
+    opt.step()
+    (exp_avg,), (exp_avg_sq,), (step,) = handed
+    assert exp_avg.dtype == exp_avg_sq.dtype == torch.float32
+    assert step.device.type == ("meta" if options else "cpu")
 
 
 @pytest.mark.parametrize(
