@@ -240,6 +240,7 @@ def projected_adamw_(
     refresh_seconds: Tensor | None = None,
     exp_avg_scales: Sequence[Tensor] | None = None,
     exp_avg_sq_scales: Sequence[Tensor] | None = None,
+    measures: Tensor | None = None,
     *,
     lr: float | Tensor,
     beta1: float,
@@ -279,6 +280,11 @@ def projected_adamw_(
     `keys[i]`: the matrix id of the test matrix, of a stack's first.
     `refresh_seconds` (fp64, one number a parameter, on the CPU): the wall-clock time of each parameter's
     refresh is added to it; that of k matrices refreshed side by side counts for 1/k each.
+    `measures` (fp64 (parameters, 3) on the device of the weights): receives of each parameter ||G||_F^2 and
+    ||R||_F^2, summed over the matrices of a stack, and at a refresh made here with a basis before it the mean
+    squared cosine of the angles between both subspaces, ||Q_new^T Q_old||_F^2 / r, the mean of a stack's; NaN
+    where there is none.  A skipped matrix is measured by nothing: its three are NaN, and a stack's are those of
+    the others.  One pass over G; nobody waits.
 
     `stochastic_rounding`: the new weight, in bf16 or fp16, is rounded up or down so that it is right in the
     mean; random bits are Philox's, of (seed, key, step, entry), by row tiles of W.
@@ -305,6 +311,7 @@ def projected_adamw_(
         keys,
         refreshes,
         refresh_seconds,
+        measures,
         lr=_scalar(lr),
         beta1=beta1,
         beta2=beta2,

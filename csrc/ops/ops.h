@@ -46,12 +46,12 @@ at::Tensor projected_adamw_op(at::TensorList params, at::TensorList grads, at::T
                               at::TensorList exp_avg_sq_scales, at::TensorList bases, at::TensorList steps,
                               const c10::List<std::optional<at::Tensor>>& coefficients, at::IntArrayRef sides,
                               at::IntArrayRef keys, at::IntArrayRef refreshes,
-                              const std::optional<at::Tensor>& refresh_seconds, const at::Tensor& lr,
-                              double beta1, double beta2, double eps, double weight_decay, double scale,
-                              bool maximize, bool correct_bias, c10::string_view arithmetic,
-                              c10::string_view sketch, int64_t power, int64_t oversampling,
-                              c10::string_view moments, int64_t seed, bool stochastic_rounding,
-                              std::optional<bool> asynchronous);
+                              const std::optional<at::Tensor>& refresh_seconds,
+                              const std::optional<at::Tensor>& measures, const at::Tensor& lr, double beta1,
+                              double beta2, double eps, double weight_decay, double scale, bool maximize,
+                              bool correct_bias, c10::string_view arithmetic, c10::string_view sketch,
+                              int64_t power, int64_t oversampling, c10::string_view moments, int64_t seed,
+                              bool stochastic_rounding, std::optional<bool> asynchronous);
 
 void adamw_op(at::TensorList params, at::TensorList grads, at::TensorList exp_avgs,
               at::TensorList exp_avg_sqs, at::TensorList exp_avg_scales, at::TensorList exp_avg_sq_scales,

@@ -161,12 +161,12 @@ at::Tensor projected_adamw_op(at::TensorList params, at::TensorList grads, at::T
                               at::TensorList exp_avg_sq_scales, at::TensorList bases, at::TensorList steps,
                               const c10::List<std::optional<at::Tensor>>& coefficients, at::IntArrayRef sides,
                               at::IntArrayRef keys, at::IntArrayRef refreshes,
-                              const std::optional<at::Tensor>& refresh_seconds, const at::Tensor& lr,
-                              double beta1, double beta2, double eps, double weight_decay, double scale,
-                              bool maximize, bool correct_bias, c10::string_view arithmetic,
-                              c10::string_view sketch, int64_t power, int64_t oversampling,
-                              c10::string_view moments, int64_t seed, bool stochastic_rounding,
-                              std::optional<bool> asynchronous) {
+                              const std::optional<at::Tensor>& refresh_seconds,
+                              const std::optional<at::Tensor>& measures, const at::Tensor& lr, double beta1,
+                              double beta2, double eps, double weight_decay, double scale, bool maximize,
+                              bool correct_bias, c10::string_view arithmetic, c10::string_view sketch,
+                              int64_t power, int64_t oversampling, c10::string_view moments, int64_t seed,
+                              bool stochastic_rounding, std::optional<bool> asynchronous) {
   const OperatorScope scope(params);
   const size_t count = params.size();
   check_lengths(
@@ -182,6 +182,12 @@ at::Tensor projected_adamw_op(at::TensorList params, at::TensorList grads, at::T
                                            seconds.scalar_type() == at::kDouble && seconds.is_contiguous() &&
                                            seconds.sizes() == at::IntArrayRef(static_cast<int64_t>(count))),
                     "refresh_seconds must be ", count, " contiguous float64 numbers on the CPU");
+  const at::Tensor measured = measures.value_or(at::Tensor());
+  TORCH_CHECK_VALUE(
+      !measured.defined() || (measured.scalar_type() == at::kDouble &&
+                              measured.sizes() == at::IntArrayRef({static_cast<int64_t>(count), 3}) &&
+                              (count == 0 || measured.device() == params[0].device())),
+      "measures must be ", count, " x 3 float64 numbers on the device of the weights");
   std::vector<ProjectedParameter> parameters(count);
   for (size_t i = 0; i < count; ++i) {
     sketch_key(seed, keys[i], std::max<int64_t>(refreshes[i], 0));
@@ -212,8 +218,9 @@ at::Tensor projected_adamw_op(at::TensorList params, at::TensorList grads, at::T
                                                 .moments = moments_from_name(moments),
                                                 .seed = static_cast<uint64_t>(seed),
                                                 .stochastic_rounding = stochastic_rounding},
-                                               seconds, asynchronous);
+                                               seconds, measured, asynchronous);
   bump_versions({params, exp_avgs, exp_avg_sqs, exp_avg_scales, exp_avg_sq_scales, bases, steps});
+  if (measured.defined()) bump_versions({measured});
   return outcomes;
 }
 

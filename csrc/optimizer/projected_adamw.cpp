@@ -17,6 +17,7 @@
 #include <chrono>
 #include <cmath>
 #include <exception>
+#include <limits>
 #include <new>
 #include <string_view>
 
@@ -25,6 +26,7 @@
 #include "parallel.h"
 #include "range_finder/fixed_rank.h"
 #include "range_finder/product.h"
+#include "range_finder/scaling.h"
 
 namespace galore_rrf {
 namespace {
@@ -169,6 +171,60 @@ void add_product_rounded_(const at::Tensor& w, Side side, const at::Tensor& q, c
   if (!rows.is_same(view)) at::Tensor(view).copy_(rows);
 }
 
+constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
+
+// What is measured of the matrices of a group, fp64 [B] each, NaN where nothing was; undefined where it is
+// not wanted.
+struct Measures {
+  at::Tensor all;                  // 3 x B: the following
+  at::Tensor gradient, projected;  // squared norms
+  at::Tensor turn;                 // the mean squared cosine between new and old subspaces
+
+  Measures() = default;
+  explicit Measures(const Group& x)
+      : all(at::full({3, x.count()}, kNaN, x.grads.front().options().dtype(at::kDouble))),
+        gradient(all.select(0, 0)),
+        projected(all.select(0, 1)),
+        turn(all.select(0, 2)) {}
+
+  bool wanted() const { return all.defined(); }
+};
+
+// Of the gradients and of what is projected of them (B x r x l), none where they are skipped.
+void measure_gradients(const Measures& out, const Group& x, const at::Tensor& projected,
+                       const at::Tensor& outcomes) {
+  for (int64_t i = 0; i < x.count(); ++i) {
+    squared_norm_out(out.gradient.narrow(0, i, 1), x.grads[static_cast<size_t>(i)]);
+  }
+  kernels_for(projected).squared_norms(out.projected, projected);
+  at::Tensor(out.all).masked_fill_(outcomes.eq(code(Outcome::skipped)), kNaN);
+}
+
+// Of a parameter, [3], by those of its matrices: two sums and a mean over those that were measured.
+at::Tensor joined(const std::vector<at::Tensor>& matrices, const at::TensorOptions& options) {
+  if (matrices.size() == 1) return matrices.front();
+  if (matrices.empty()) return at::full({3}, kNaN, options);
+  const at::Tensor all = at::stack(matrices);
+  const at::Tensor counts = all.isnan().logical_not().sum(0);
+  const at::Tensor sums = all.nansum(0).masked_fill_(counts.eq(0), kNaN);
+  sums.select(0, 2).div_(counts.select(0, 2));
+  return sums;
+}
+
+// Every parameter's, by those of the groups that its matrices are in.
+void write_measures(const at::Tensor& measures, const std::vector<Group>& groups,
+                    const std::vector<Measures>& measured) {
+  std::vector<std::vector<at::Tensor>> matrices(static_cast<size_t>(measures.size(0)));
+  for (size_t k = 0; k < groups.size(); ++k) {
+    if (!measured[k].wanted()) continue;
+    const Matrices one_each = measured[k].all.unbind(1);
+    for (size_t i = 0; i < one_each.size(); ++i) matrices[groups[k].owners[i]].push_back(one_each[i]);
+  }
+  std::vector<at::Tensor> rows;
+  for (const auto& of_parameter : matrices) rows.push_back(joined(of_parameter, measures.options()));
+  measures.copy_(at::stack(rows));
+}
+
 class Step {
  public:
   Step(const at::Tensor& lr, const AdamWOptions& adamw, const ProjectionOptions& projection,
@@ -176,35 +232,41 @@ class Step {
       : lr_(lr), adamw_(adamw), projection_(projection), asynchronous_(asynchronous) {}
 
   // Outcomes, uint8 [B]; adds the seconds of a refresh to `refresh_seconds`.
-  at::Tensor operator()(const Group& x, double& refresh_seconds) const {
+  at::Tensor operator()(const Group& x, double& refresh_seconds, const Measures& measures) const {
     const at::Tensor& grad = x.grads.front();
     if (grad.numel() == 0) {
+      if (measures.wanted()) {
+        measures.gradient.zero_();
+        measures.projected.zero_();
+      }
       return at::full({x.count()}, code(Outcome::stepped), grad.options().dtype(at::kByte));
     }
     const at::Tensor projected = stack_like_moments(x, compute_dtype(grad));
     at::Tensor outcomes;
     if (x.coefficients.empty()) {
-      outcomes = project(x, projected, refresh_seconds);
+      outcomes = project(x, projected, refresh_seconds, measures.turn);
     } else {
       for (size_t i = 0; i < x.coefficients.size(); ++i) {
         projected.select(0, static_cast<int64_t>(i)).copy_(x.coefficients[i]);
       }
       outcomes = chosen(finite(projected), Outcome::refreshed, Outcome::skipped);
     }
+    if (measures.wanted()) measure_gradients(measures, x, projected, outcomes);
     apply(x, projected, outcomes);
     return outcomes;
   }
 
  private:
   // R = Q^T G, in new subspaces where those are due.
-  at::Tensor project(const Group& x, const at::Tensor& projected, double& refresh_seconds) const {
+  at::Tensor project(const Group& x, const at::Tensor& projected, double& refresh_seconds,
+                     const at::Tensor& turn) const {
     // Without a basis a matrix is refreshed at once, if that can be known.
     const at::Tensor known = have_bases(x.bases);
     const bool none_known = known_to_be(false, known, asynchronous_);
     if (x.refresh || none_known) {
       const Stopwatch stopwatch(refresh_seconds);
       try {
-        return refresh(x, projected, known, none_known);
+        return refresh(x, projected, known, none_known, turn);
       } catch (const c10::Error& error) {
         if (none_known || !out_of_memory(error)) throw;
       } catch (const std::bad_alloc&) {
@@ -216,8 +278,8 @@ class Step {
     return chosen(finite(projected), chosen(known, Outcome::stepped, Outcome::decayed), Outcome::skipped);
   }
 
-  at::Tensor refresh(const Group& x, const at::Tensor& projected, const at::Tensor& known,
-                     bool none_known) const {
+  at::Tensor refresh(const Group& x, const at::Tensor& projected, const at::Tensor& known, bool none_known,
+                     const at::Tensor& turn) const {
     const FixedRankOptions options{
         .rank = x.bases.front().size(1),
         .oversampling = projection_.oversampling,
@@ -254,8 +316,12 @@ class Step {
       const at::Tensor cast = bases.to(x.bases.front().scalar_type());
       bases = at::where(ok.view({-1, 1, 1}), cast, at::stack(x.bases)).contiguous();
     }
-    if (!none_known && projection_.moments == Moments::rotate) {
-      rotate(x, found.basis, at::logical_and(ok, known));
+    if (!none_known && (projection_.moments == Moments::rotate || turn.defined())) {
+      const at::NoTF32Guard no_tf32;
+      const at::Tensor s = found.basis.mT().matmul(stacked(x.bases, found.basis.scalar_type()));
+      const at::Tensor moving = at::logical_and(ok, known);
+      if (projection_.moments == Moments::rotate) rotate(x, s, moving);
+      if (turn.defined()) measure_turn(turn, s, moving);
     }
     at::_foreach_copy_(x.bases, each(bases));
     return outcomes;
@@ -272,13 +338,11 @@ class Step {
     return each(at::where(known.view({-1, 1, 1}), previous, omega));
   }
 
-  // Moves the moments where `moving`, and where there have been steps to rotate.
-  void rotate(const Group& x, const at::Tensor& bases, const at::Tensor& moving) const {
+  // Moves the moments by S = Q_new^T Q_old where `moving`, and where there have been steps to rotate.
+  void rotate(const Group& x, const at::Tensor& s, const at::Tensor& moving) const {
     const at::Tensor steps = at::stack(x.steps).view(-1).to(at::kDouble);
     const at::Tensor active = at::logical_and(moving, steps.gt(0));
     if (known_to_be(false, active, asynchronous_)) return;
-    const at::NoTF32Guard no_tf32;
-    const at::Tensor s = bases.mT().matmul(stacked(x.bases, bases.scalar_type()));
     const at::Tensor corrections = at::stack(
         {at::pow(adamw_.beta1, steps).neg_().add_(1), at::pow(adamw_.beta2, steps).neg_().add_(1)}, 1);
     // A single moment of this dtype that is known to move is rotated where it lies.
@@ -298,6 +362,12 @@ class Step {
     const at::Tensor flags = active.to(at::kByte);
     kernels_for(mean).store_moments(x.exp_avgs, mean, MomentKind::exp_avg, flags);
     kernels_for(square).store_moments(x.exp_avg_sqs, square, MomentKind::exp_avg_sq, flags);
+  }
+
+  // ||S||_F^2 / r, of orthonormal bases the mean squared cosine of the angles between them, where `moving`.
+  static void measure_turn(at::Tensor turn, const at::Tensor& s, const at::Tensor& moving) {
+    kernels_for(s).squared_norms(turn, s.contiguous());
+    turn.div_(s.size(1)).masked_fill_(moving.logical_not(), kNaN);
   }
 
   // Moments, and one product into each weight: W <- decay W + Q N.
@@ -381,7 +451,8 @@ std::vector<Group> groups_of(const std::vector<ProjectedParameter>& parameters, 
 
 at::Tensor projected_adamw_(const std::vector<ProjectedParameter>& parameters, const at::Tensor& lr,
                             const AdamWOptions& adamw, const ProjectionOptions& projection,
-                            const at::Tensor& refresh_seconds, std::optional<bool> asynchronous) {
+                            const at::Tensor& refresh_seconds, const at::Tensor& measures,
+                            std::optional<bool> asynchronous) {
   const auto byte = at::TensorOptions().dtype(at::kByte);
   if (parameters.empty()) return at::empty({0}, byte);
   const at::Tensor& first = parameters.front().weight;
@@ -397,11 +468,13 @@ at::Tensor projected_adamw_(const std::vector<ProjectedParameter>& parameters, c
   const Step step(rate, adamw, projection, waitless);
   std::vector<at::Tensor> outcomes(groups.size());
   std::vector<double> seconds(groups.size(), 0.0);
+  std::vector<Measures> measured(groups.size());
   std::vector<std::exception_ptr> errors(groups.size());
   const auto take = [&](int64_t i, int64_t abreast) {
     const auto k = static_cast<size_t>(i);
     try {
-      outcomes[k] = step(groups[k], seconds[k]);
+      if (measures.defined()) measured[k] = Measures(groups[k]);
+      outcomes[k] = step(groups[k], seconds[k], measured[k]);
     } catch (...) {
       errors[k] = std::current_exception();  // told once the clocks of all others have moved
       outcomes[k] = at::zeros({groups[k].count()}, first.options().dtype(at::kByte));
@@ -425,6 +498,7 @@ at::Tensor projected_adamw_(const std::vector<ProjectedParameter>& parameters, c
   for (at::Tensor& outcome : of_parameter) {  // of an empty stack
     if (!outcome.defined()) outcome = at::zeros({}, first.options().dtype(at::kByte));
   }
+  if (measures.defined()) write_measures(measures, groups, measured);
   const at::Tensor result = at::stack(of_parameter);
   std::vector<at::Tensor> steps;
   for (const ProjectedParameter& p : parameters) steps.push_back(p.step.view(at::IntArrayRef{}));

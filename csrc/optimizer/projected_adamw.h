@@ -48,10 +48,16 @@ struct ProjectedParameter {
 // parameter's refresh is added to it; that of k matrices abreast counts for 1/k each.  Asynchronous, nobody
 // knows: nothing is added.
 //
+// Where measures is defined (fp64 [parameters, 3] on the device of the weights), it receives of each
+// parameter
+// ||G||_F^2, ||R||_F^2, summed over the matrices of a stack, and of a refresh made here with a basis before
+// it the mean squared cosine of the angles between the two subspaces, ||Q_new^T Q_old||_F^2 / r; NaN where
+// there is none.  A skipped matrix has none of the three.
+//
 // Returns an Outcome a parameter, uint8 on the device of the weights.
 at::Tensor projected_adamw_(const std::vector<ProjectedParameter>& parameters, const at::Tensor& lr,
                             const AdamWOptions& adamw, const ProjectionOptions& projection,
-                            const at::Tensor& refresh_seconds = {},
+                            const at::Tensor& refresh_seconds = {}, const at::Tensor& measures = {},
                             std::optional<bool> asynchronous = std::nullopt);
 
 }  // namespace galore_rrf

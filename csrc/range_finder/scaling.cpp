@@ -1,6 +1,8 @@
 #include "range_finder/scaling.h"
 
 #include <ATen/ops/_foreach_norm.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
 #include <ATen/ops/frexp.h>
 #include <ATen/ops/full_like.h>
 #include <ATen/ops/linalg_vector_norm.h>
@@ -43,16 +45,25 @@ bool is_safe(double squared_norm, at::ScalarType dtype) {
   return squared_norm >= (fp64 ? 1e-200 : 1e-30) && squared_norm <= (fp64 ? 1e200 : 1e30);  // false for NaN
 }
 
-double squared_norm(const at::Tensor& a, int exponent) {
+void squared_norm_out(const at::Tensor& sum, const at::Tensor& a, int exponent) {
   const Kernels& kernels = kernels_for(a);
-  const at::ScalarType dtype = compute_dtype(a);
-  if (exponent == 0 && a.scalar_type() == dtype && a.is_non_overlapping_and_dense()) {
-    return kernels.squared_norm(a);
+  if (exponent == 0 && a.scalar_type() == compute_dtype(a) && a.is_non_overlapping_and_dense()) {
+    // In memory order.
+    return kernels.squared_norms(sum, a.as_strided({1, a.numel()}, {std::max<int64_t>(1, a.numel()), 1}));
   }
-  double sum = 0;
-  for_each_tile(a, outer_dim(a), exponent,
-                [&](int64_t, int64_t, const at::Tensor& tile) { sum += kernels.squared_norm(tile); });
-  return sum;
+  at::Tensor total = sum;
+  total.zero_();
+  const at::Tensor part = at::empty_like(sum);
+  for_each_tile(a, outer_dim(a), exponent, [&](int64_t, int64_t, const at::Tensor& tile) {
+    kernels.squared_norms(part, tile.unsqueeze(0));
+    total.add_(part);
+  });
+}
+
+double squared_norm(const at::Tensor& a, int exponent) {
+  const at::Tensor sum = at::empty({1}, a.options().dtype(at::kDouble));
+  squared_norm_out(sum, a, exponent);
+  return sum.item().toDouble();
 }
 
 ScaledMatrix scaled(const at::Tensor& a) {

@@ -24,7 +24,11 @@ double unit_roundoff(at::ScalarType dtype);
 // nor, where they matter, underflow.
 bool is_safe(double squared_norm, at::ScalarType dtype);
 
-// ||2^-exponent a||_F^2 in fp64 for any strides and dtype; infinite or NaN where that is not finite.
+// sum (fp64 [1]) <- ||2^-exponent a||_F^2 for any strides and dtype; infinite or NaN where that is not
+// finite. Nobody waits for it.
+void squared_norm_out(const at::Tensor& sum, const at::Tensor& a, int exponent = 0);
+
+// The same as a number.
 double squared_norm(const at::Tensor& a, int exponent = 0);
 
 // 2^-exponent a, which is safe to factor, and its squared norm: 0 of a zero matrix, NaN of a non-finite one.
