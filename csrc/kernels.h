@@ -88,6 +88,15 @@ struct Kernels {
   bool (*products)(const std::vector<at::Tensor>& c, const std::vector<at::Tensor>& a,
                    const std::vector<at::Tensor>& b, const at::Tensor& beta, const at::Tensor& outcomes);
 
+  // x[i] <- lengths[i] sign(a[i] - x[i]), 0 where those are equal or either is NaN.  x: a stack in fp32 or
+  // fp64, dense and row-major; a: a list of its shapes in any floating-point dtype, rows in one piece each;
+  // lengths: fp64 [B].
+  void (*signs_of_difference_)(const at::Tensor& x, const std::vector<at::Tensor>& a,
+                               const at::Tensor& lengths);
+
+  // w[i] <- betas[i] w[i] + x[i], rounded to nearest once; w as a, x as x, betas as lengths above.
+  void (*add_)(const std::vector<at::Tensor>& w, const at::Tensor& x, const at::Tensor& betas);
+
   // w <- beta w + x, where w is bf16 or fp16 rounded stochastically (math/stochastic_rounding.h) by the bits
   // that belong to seed, matrix, step and an entry's number, first_entry + i cols + j for entry (i, j) of w.
   // x: fp32; both: rows in one piece each; beta, step: fp64 scalars.

@@ -38,7 +38,7 @@ TORCH_LIBRARY(galore_rrf, m) {
       "Tensor lr, float beta1, float beta2, float eps, float weight_decay, float scale, bool maximize=False, "
       "bool correct_bias=True, str arithmetic=\"torch\", str sketch=\"warm\", int power=1, "
       "int oversampling=0, str moments=\"rotate\", int seed=0, bool stochastic_rounding=False, "
-      "bool? asynchronous=None) -> Tensor");
+      "str residual=\"drop\", float residual_scale=1.0, bool? asynchronous=None) -> Tensor");
   m.def(
       "adamw_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
       "Tensor(d!)[] exp_avg_scales, Tensor(e!)[] exp_avg_sq_scales, Tensor(f!)[] steps, *, Tensor lr, "

@@ -257,6 +257,8 @@ def projected_adamw_(
     moments: str = "rotate",
     seed: int = 0,
     stochastic_rounding: bool = False,
+    residual: str = "drop",
+    residual_scale: float = 1.0,
     asynchronous: bool | None = None,
 ) -> Tensor:
     """One projected AdamW step (GaLore, algorithm 2) of a list of matrices, in place, in one call.
@@ -286,6 +288,10 @@ def projected_adamw_(
     where there is none.  A skipped matrix is measured by nothing: its three are NaN, and a stack's are those of
     the others.  One pass over G; nobody waits.
 
+    `residual`: what is done with E = G - Q R (or G - R Q^T), the gradient's part outside the subspace: within
+    the last line's brackets there is added, times `residual_scale`, with ``"sign"`` the sign of every entry of
+    E (FRUGAL, arXiv 2411.07837); with ``"drop"`` nothing.
+
     `stochastic_rounding`: the new weight, in bf16 or fp16, is rounded up or down so that it is right in the
     mean; random bits are Philox's, of (seed, key, step, entry), by row tiles of W.
     `asynchronous` (by default: on CUDA): matrices of one shape are stepped together, in few launches, and
@@ -295,7 +301,7 @@ def projected_adamw_(
 
     Returns one uint8 a parameter, on the device of the weights: 0 skipped (non-finite gradient, nothing
     written), 1 weight decay alone (zero gradient and no basis yet; not counted as a step), 2 stepped,
-    3 stepped in a new subspace.  No m x n temporary is made.
+    3 stepped in a new subspace.  No m x n temporary is made; a residual is looked at tile by tile.
     """
     return _ops.projected_adamw_(
         params,
@@ -327,6 +333,8 @@ def projected_adamw_(
         moments=moments,
         seed=seed,
         stochastic_rounding=stochastic_rounding,
+        residual=residual,
+        residual_scale=residual_scale,
         asynchronous=asynchronous,
     )
 

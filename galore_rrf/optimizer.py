@@ -369,6 +369,8 @@ class GaLoreAdamW(AdamW):
                 moments=options.moments,
                 seed=options.seed,
                 stochastic_rounding=options.stochastic_rounding,
+                residual=options.residual,
+                residual_scale=options.residual_scale,
                 refresh_seconds=seconds,
                 exp_avg_scales=[moments.scale(state, "exp_avg") for state in states],
                 exp_avg_sq_scales=[moments.scale(state, "exp_avg_sq") for state in states],

@@ -583,6 +583,8 @@ def projected_adamw_(
     oversampling: int = 0,
     moments: str = "rotate",
     seed: int = 0,
+    residual: str = "drop",
+    residual_scale: float = 1.0,
 ) -> Tensor:
     """One step of GaLore's projected AdamW (Zhao et al. 2024, algorithm 2) for every matrix, in place."""
 
@@ -636,8 +638,15 @@ def projected_adamw_(
             q.copy_(new_q)
 
         n = _direction(r, m, v, t + 1, beta1, beta2, eps, maximize, correct_bias, arithmetic)
-        update = lr * scale * (n @ q.to(dtype).mT if side == 0 else q.to(dtype) @ n)
-        _decay_and_update(w, update, decay, arithmetic)
+
+        def back(x: Tensor) -> Tensor:
+            return x @ q.to(dtype).mT if side == 0 else q.to(dtype) @ x
+
+        update = back(n)
+        if residual == "sign":
+            outside = g.to(dtype) - back(r)
+            update += residual_scale * (-outside if maximize else outside).sign()
+        _decay_and_update(w, lr * scale * update, decay, arithmetic)
         return outcome
 
     def matrices(x: Tensor) -> list[Tensor]:

@@ -42,6 +42,8 @@ class RefinementKeys(TypedDict, total=False):
     nonfinite: str
     seed: int
     stochastic_rounding: bool
+    residual: str
+    residual_scale: float
     arithmetic: str
     state_dtype: torch.dtype | None
     preset: str | None
@@ -70,6 +72,7 @@ _CHOICES = {
     "sketch": ("warm", "plain", "half_power", "power"),
     "moments": ("rotate", "keep"),
     "nonfinite": ("skip", "raise"),
+    "residual": ("drop", "sign"),
     "arithmetic": ("torch", "galore_torch", "bitsandbytes"),
     "state_dtype": (None, torch.float32, torch.bfloat16, torch.uint8),
 }
@@ -115,6 +118,10 @@ class SubspaceOptions:
         seed: of all test matrices, and of rounding.
         stochastic_rounding: of projected weights in bf16 and fp16, up or down so that the mean is right:
             steps much smaller than the distance of two numbers still add up.
+        residual: what is done with the gradient's part outside the subspace, E = G - Q R: ``"drop"``
+            (published); ``"sign"``, the sign of every entry (FRUGAL), needs no state.
+        residual_scale: factor on the residual's step, beside 1 for the step within the subspace.  With
+            ``"sign"`` every entry of a weight moves by ``lr * scale * residual_scale``.
         arithmetic: ``"torch"``: torch.optim.AdamW's; ``"galore_torch"``: that package's (eps on the
             uncorrected root, decay last, exact SVD in fp32); ``"bitsandbytes"``: decay last.  Concerns plain
             parameters too.
@@ -137,6 +144,8 @@ class SubspaceOptions:
     nonfinite: str = "skip"
     seed: int = 0
     stochastic_rounding: bool = False
+    residual: str = "drop"
+    residual_scale: float = 1.0
     arithmetic: str = "torch"
     state_dtype: torch.dtype | None = None
     preset: str | None = None
@@ -155,6 +164,11 @@ class SubspaceOptions:
             raise _invalid("stochastic_rounding", self.stochastic_rounding, "True or False", TypeError)
         if self.stochastic_rounding and self.proj_type == "full":
             raise ValueError("stochastic_rounding goes with a projection of one side, got proj_type='full'")
+        _check_number("residual_scale", self.residual_scale, math.isfinite, "a finite number")
+        if self.residual != "drop" and self.proj_type == "full":
+            raise ValueError(
+                f"residual goes with a projection of one side, got residual={self.residual!r} and proj_type='full'"
+            )
         if self.tolerance is not None:
             _check_number("tolerance", self.tolerance, lambda x: 0 < x < 1, "between 0 and 1, or None")
             if self.proj_type == "full":

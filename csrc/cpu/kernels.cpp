@@ -3,6 +3,7 @@
 
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
+#include <ATen/ops/add.h>
 #include <ATen/ops/geqrf.h>
 #include <ATen/ops/linalg_householder_product.h>
 
@@ -11,6 +12,7 @@
 #include <vector>
 
 #include "cpu/moments.h"
+#include "cpu/residual.h"
 #include "cpu/rounding.h"
 #include "cpu/sketch.h"
 #include "cpu/stored_moment.h"
@@ -283,6 +285,34 @@ void variance_to_moments(const at::Tensor& exp_avg, const at::Tensor& exp_avg_sq
   });
 }
 
+void signs_of_difference_(const at::Tensor& x, const std::vector<at::Tensor>& a, const at::Tensor& lengths) {
+  const int64_t rows = x.size(1), cols = x.size(2);
+  if (x.numel() == 0) return;
+  AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "signs_of_difference_", [&] {
+    for (int64_t b = 0; b < x.size(0); ++b) {
+      const at::Tensor& given = a[static_cast<size_t>(b)];
+      const at::Tensor wide = given.to(x.scalar_type());
+      const scalar_t* from = wide.const_data_ptr<scalar_t>();
+      scalar_t* to = x.mutable_data_ptr<scalar_t>() + b * rows * cols;
+      const auto length = static_cast<scalar_t>(lengths.select(0, b).item<double>());
+      at::parallel_for(0, rows, std::max<int64_t>(1, kGrain / cols), [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) {
+          cpu::signs_of_difference_range(to + i * cols, from + i * wide.stride(0), cols, length);
+        }
+      });
+    }
+  });
+}
+
+// One pass over each, through casts where its dtype is not that of x.
+void add_(const std::vector<at::Tensor>& w, const at::Tensor& x, const at::Tensor& betas) {
+  for (size_t b = 0; b < w.size(); ++b) {
+    const auto at = static_cast<int64_t>(b);
+    at::Tensor target = w[b];
+    at::add_out(target, x.select(0, at), w[b], betas.select(0, at).item());
+  }
+}
+
 template <class T>
 void add_rounded_rows(T* w, const at::Tensor& like, const at::Tensor& x, float beta, RoundingKey key,
                       int64_t first_entry) {
@@ -334,6 +364,8 @@ const Kernels cpu_kernels = {
     .moments_to_variance = moments_to_variance,
     .variance_to_moments = variance_to_moments,
     .products = nullptr,
+    .signs_of_difference_ = signs_of_difference_,
+    .add_ = add_,
     .add_rounded_ = add_rounded_,
 };
 

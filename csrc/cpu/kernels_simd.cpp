@@ -4,10 +4,12 @@
 #include <cstdint>
 
 #include "cpu/moments.h"
+#include "cpu/residual.h"
 #include "cpu/rounding.h"
 #include "cpu/simd.h"
 #include "cpu/sketch.h"
 #include "math/compensated_sum.h"
+#include "math/residual.h"
 #include "math/rotation.h"
 
 namespace galore_rrf::cpu {
@@ -155,6 +157,16 @@ bool all_finite_range(const float* a, int64_t n) {
 GALORE_RRF_SIMD_CLONES
 bool all_finite_range(const double* a, int64_t n) {
   return all_finite_bits<double, uint64_t>(a, n, 0x7FF0000000000000u);
+}
+
+GALORE_RRF_SIMD_CLONES
+void signs_of_difference_range(float* __restrict x, const float* __restrict a, int64_t n, float length) {
+  for (int64_t i = 0; i < n; ++i) x[i] = signed_length(a[i], x[i], length);
+}
+
+GALORE_RRF_SIMD_CLONES
+void signs_of_difference_range(double* __restrict x, const double* __restrict a, int64_t n, double length) {
+  for (int64_t i = 0; i < n; ++i) x[i] = signed_length(a[i], x[i], length);
 }
 
 namespace {

@@ -36,6 +36,8 @@ const Kernels cuda_kernels = {
     .moments_to_variance = cuda::moments_to_variance,
     .variance_to_moments = cuda::variance_to_moments,
     .products = cuda::products,
+    .signs_of_difference_ = cuda::signs_of_difference_,
+    .add_ = cuda::add_,
     .add_rounded_ = cuda::add_rounded_,
 };
 

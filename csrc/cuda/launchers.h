@@ -33,6 +33,9 @@ void householder_(const at::Tensor& panels, const at::Tensor& active);
 bool products(const std::vector<at::Tensor>& c, const std::vector<at::Tensor>& a,
               const std::vector<at::Tensor>& b, const at::Tensor& beta, const at::Tensor& outcomes);
 
+void signs_of_difference_(const at::Tensor& x, const std::vector<at::Tensor>& a, const at::Tensor& lengths);
+void add_(const std::vector<at::Tensor>& w, const at::Tensor& x, const at::Tensor& betas);
+
 void add_rounded_(const at::Tensor& w, const at::Tensor& x, const at::Tensor& beta, uint64_t seed,
                   uint32_t matrix, const at::Tensor& step, int64_t first_entry);
 

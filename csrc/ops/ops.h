@@ -51,7 +51,8 @@ at::Tensor projected_adamw_op(at::TensorList params, at::TensorList grads, at::T
                               double beta2, double eps, double weight_decay, double scale, bool maximize,
                               bool correct_bias, c10::string_view arithmetic, c10::string_view sketch,
                               int64_t power, int64_t oversampling, c10::string_view moments, int64_t seed,
-                              bool stochastic_rounding, std::optional<bool> asynchronous);
+                              bool stochastic_rounding, c10::string_view residual, double residual_scale,
+                              std::optional<bool> asynchronous);
 
 void adamw_op(at::TensorList params, at::TensorList grads, at::TensorList exp_avgs,
               at::TensorList exp_avg_sqs, at::TensorList exp_avg_scales, at::TensorList exp_avg_sq_scales,

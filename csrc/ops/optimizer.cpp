@@ -33,6 +33,11 @@ Moments moments_from_name(c10::string_view name) {
                                    {{"keep", Moments::keep}, {"rotate", Moments::rotate}});
 }
 
+Residual residual_from_name(c10::string_view name) {
+  return choice_from_name<Residual>("residual", text(name),
+                                    {{"drop", Residual::drop}, {"sign", Residual::sign}});
+}
+
 // Blocks of codes that one scale each belongs to: of every matrix of a stack, else of all entries.
 std::vector<int64_t> scale_shape(at::IntArrayRef moment) {
   const auto blocks = [](int64_t entries) { return (entries + kCodeBlock - 1) / kCodeBlock; };
@@ -166,7 +171,8 @@ at::Tensor projected_adamw_op(at::TensorList params, at::TensorList grads, at::T
                               double beta2, double eps, double weight_decay, double scale, bool maximize,
                               bool correct_bias, c10::string_view arithmetic, c10::string_view sketch,
                               int64_t power, int64_t oversampling, c10::string_view moments, int64_t seed,
-                              bool stochastic_rounding, std::optional<bool> asynchronous) {
+                              bool stochastic_rounding, c10::string_view residual, double residual_scale,
+                              std::optional<bool> asynchronous) {
   const OperatorScope scope(params);
   const size_t count = params.size();
   check_lengths(
@@ -217,7 +223,9 @@ at::Tensor projected_adamw_op(at::TensorList params, at::TensorList grads, at::T
                                                 .oversampling = oversampling,
                                                 .moments = moments_from_name(moments),
                                                 .seed = static_cast<uint64_t>(seed),
-                                                .stochastic_rounding = stochastic_rounding},
+                                                .stochastic_rounding = stochastic_rounding,
+                                                .residual = residual_from_name(residual),
+                                                .residual_scale = residual_scale},
                                                seconds, measured, asynchronous);
   bump_versions({params, exp_avgs, exp_avg_sqs, exp_avg_scales, exp_avg_sq_scales, bases, steps});
   if (measured.defined()) bump_versions({measured});

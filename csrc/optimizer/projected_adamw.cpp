@@ -149,28 +149,6 @@ at::Tensor chosen(const at::Tensor& flags, const at::Tensor& yes, Outcome no) {
   return known_to_be(true, flags, !flags.is_cpu()) ? yes : at::where(flags, yes, code(no)).to(at::kByte);
 }
 
-// W <- decay W + Q N rounded stochastically, by tiles of the rows of W as its parameter has it; `w` is W in
-// the left form, s x l.
-void add_product_rounded_(const at::Tensor& w, Side side, const at::Tensor& q, const at::Tensor& n,
-                          const at::Tensor& decay, const SketchKey& key, const at::Tensor& step) {
-  if (w.numel() == 0) return;
-  const bool turned = side == Side::right;
-  const at::Tensor view = turned ? w.mT() : w;
-  const at::Tensor rows = view.stride(1) == 1 ? view : view.contiguous();
-  const at::Tensor left = turned ? n.mT() : q, right = turned ? q.mT() : n;
-  const int64_t entries = w.is_cpu() ? 1 << 17 : 1 << 22, cols = rows.size(1);
-  const int64_t most = std::clamp<int64_t>(entries / cols, 1, rows.size(0));
-  const at::Tensor tile = at::empty({most, cols}, w.options().dtype(compute_dtype(w)));
-  for (int64_t start = 0; start < rows.size(0); start += most) {
-    const int64_t height = std::min(most, rows.size(0) - start);
-    const at::Tensor part = tile.narrow(0, 0, height);
-    multiply_out(part, left.narrow(0, start, height), right);
-    kernels_for(w).add_rounded_(rows.narrow(0, start, height), part, decay, key.seed, key.matrix, step,
-                                start * cols);
-  }
-  if (!rows.is_same(view)) at::Tensor(view).copy_(rows);
-}
-
 constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
 
 // What is measured of the matrices of a group, fp64 [B] each, NaN where nothing was; undefined where it is
@@ -370,15 +348,25 @@ class Step {
     turn.div_(s.size(1)).masked_fill_(moving.logical_not(), kNaN);
   }
 
-  // Moments, and one product into each weight: W <- decay W + Q N.
+  // Moments, and one product into each weight: W <- decay W + Q N; where a residual is put to use or weights
+  // are rounded stochastically, by tiles.
   void apply(const Group& x, const at::Tensor& projected, const at::Tensor& outcomes) const {
     const Kernels& kernels = kernels_for(projected);
+    const bool has_residual = projection_.residual != Residual::drop;
+    const at::Tensor kept = has_residual ? projected.clone() : at::Tensor();  // R, before it becomes N
     const at::Tensor factors = at::empty({x.count(), 3}, projected.options().dtype(at::kDouble));
     kernels.step_factors(factors, x.steps, lr_, outcomes, adamw_);
     kernels.adam(projected, x.exp_avgs, x.exp_avg_sqs, factors, outcomes, adamw_);
+    if (!asynchronous_ && !moves(outcomes.const_data_ptr<uint8_t>()[0])) return decay(x, factors);
     const at::ScalarType dtype = x.weights.front().scalar_type();
-    const bool rounding = projection_.stochastic_rounding && (dtype == at::kBFloat16 || dtype == at::kHalf);
-    if (kernels.products && !rounding) {
+    if (projection_.stochastic_rounding && (dtype == at::kBFloat16 || dtype == at::kHalf)) {
+      const RowRounding rounding{x.keys, x.steps, x.side == Side::right};
+      return add_by_tiles_(weight_step(x, projected, kept, factors, outcomes), rounding);
+    }
+    if (has_residual) {
+      return add_by_tiles_(weight_step(x, projected, kept, factors, outcomes), std::nullopt);
+    }
+    if (kernels.products) {
       const at::Tensor decay = lr_.mul(-adamw_.weight_decay).add_(1).to(projected.scalar_type());
       // Without decay what is skipped adds a step of 0, and no one need look.
       const at::Tensor skipping = adamw_.weight_decay == 0 ? at::Tensor() : outcomes;
@@ -386,17 +374,28 @@ class Step {
     }
     for (int64_t i = 0; i < x.count(); ++i) {
       const auto at = static_cast<size_t>(i);
-      const at::Tensor decay = factors.select(0, i).select(0, 2);
-      at::Tensor weight = x.weights[at];
-      if (rounding) {
-        add_product_rounded_(weight, x.side, x.bases[at].to(projected.scalar_type()), projected.select(0, i),
-                             decay, x.keys[at], x.steps[at].to(at::kDouble));
-      } else if (asynchronous_ || moves(outcomes.const_data_ptr<uint8_t>()[i])) {
-        add_product_(weight, x.bases[at].to(projected.scalar_type()), projected.select(0, i), decay);
-      } else if (decay.item<double>() != 1) {
-        weight.mul_(decay);
-      }
+      add_product_(x.weights[at], x.bases[at].to(projected.scalar_type()), projected.select(0, i),
+                   factors.select(0, i).select(0, 2));
     }
+  }
+
+  // Of a single matrix that makes no step.
+  static void decay(const Group& x, const at::Tensor& factors) {
+    const at::Tensor decay = factors.select(0, 0).select(0, 2);
+    if (decay.item<double>() != 1) at::Tensor(x.weights.front()).mul_(decay);
+  }
+
+  WeightStep weight_step(const Group& x, const at::Tensor& steps, const at::Tensor& projected,
+                         const at::Tensor& factors, const at::Tensor& outcomes) const {
+    const at::Tensor decays = factors.select(1, 2).contiguous();
+    at::Tensor lengths;
+    if (projected.defined()) {
+      const double sign = adamw_.maximize ? 1 : -1;
+      lengths = outcomes.ge(code(Outcome::stepped)).to(at::kDouble).mul_(lr_);
+      lengths.mul_(sign * adamw_.scale * projection_.residual_scale);
+      if (adamw_.arithmetic != Arithmetic::torch) lengths.mul_(decays);  // which comes last there
+    }
+    return {x.weights, x.grads, x.bases, decays, steps, projected, lengths};
   }
 
   static at::Tensor finite(const at::Tensor& projected) {

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "optimizer/adamw.h"
+#include "optimizer/residual.h"
 #include "range_finder/types.h"
 
 namespace galore_rrf {
@@ -22,6 +23,8 @@ struct ProjectionOptions {
   Moments moments;
   uint64_t seed;                     // of test matrices and of rounding
   bool stochastic_rounding = false;  // of bf16 and fp16 weights
+  Residual residual = Residual::drop;
+  double residual_scale = 1;  // of the residual's step, beside that of the step within the subspace
 };
 
 // One parameter: a matrix (m x n) or a stack of matrices (e x m x n).

@@ -34,7 +34,7 @@ _IMPORT = (
 
 
 # Keys that files of version 1 may be without: they are as the optimizer has them.
-_LATER = ("stochastic_rounding",)
+_LATER = ("stochastic_rounding", "residual", "residual_scale")
 
 
 def completed_groups(

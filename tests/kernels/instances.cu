@@ -3,6 +3,7 @@
 #include "cuda/moments.cuh"
 #include "cuda/panel.cuh"
 #include "cuda/reductions.cuh"
+#include "cuda/residual.cuh"
 #include "cuda/rounding.cuh"
 #include "cuda/sketch.cuh"
 
@@ -26,6 +27,11 @@ const void* of_matrices() {
                    signed_lu_kernel<T>);
 }
 
+template <class T, class Listed>
+const void* of_steps() {
+  return instances(signs_of_difference<T, Listed>, add_stack<T, Listed>);
+}
+
 const void* const all[] = {
     of_moments<float, float>(),
     of_moments<float, double>(),
@@ -37,6 +43,10 @@ const void* const all[] = {
     of_moments<double, uint8_t>(),
     of_matrices<float>(),
     of_matrices<double>(),
+    of_steps<float, float>(),
+    of_steps<float, Half>(),
+    of_steps<float, Bfloat16>(),
+    of_steps<double, double>(),
     instances(fill_sketch<Half>, fill_sketch<Bfloat16>, reduce_parts<SumOfSquares>, reduce_parts<AllFinite>),
     instances(add_rounded_kernel<float>, add_rounded_kernel<Half>, add_rounded_kernel<Bfloat16>,
               write_gemm_pointers<GemmPointers>),

@@ -129,6 +129,10 @@ MUTATIONS = [
     Mutation("rounding.cuh", "rounding", "i += gridDim.y", "i += 1"),
     Mutation("rounding.cuh", "rounding", "chunk += warps", "chunk += warps + 1"),
     Mutation("rounding.cuh", "rounding", "chunk * kRoundingChunk < end", "(chunk + 1) * kRoundingChunk < end"),
+    Mutation("residual.cuh", "residual", "given[i * stride + j]), x[", "given[i * cols + j]), x["),
+    Mutation("residual.cuh", "residual", "given = a.list[b];", "given = a.list[0];"),
+    Mutation("residual.cuh", "residual", "beta * widened<T>(entry)", "widened<T>(entry)"),
+    Mutation("residual.cuh", "residual", "entry = w[i * stride + j];", "entry = w[i * stride + j + 1];"),
     Mutation("gemm_pointers.cuh", "gemm", "if (i >= p.count) return;", "if (i > p.count) return;"),
     Mutation("gemm_pointers.cuh", "gemm", "p.outcomes != nullptr && ", ""),
 ]  # fmt: skip
