@@ -15,11 +15,12 @@ from torch.optim.adamw import AdamW, adamw
 from torch.optim.optimizer import _use_grad_for_differentiable
 from typing_extensions import Unpack
 
-from galore_rrf import checkpoint, moments, ops, two_sided
+from galore_rrf import checkpoint, moments, ops, tucker
 from galore_rrf.outcomes import Outcomes
 from galore_rrf.param_groups import with_rank
 from galore_rrf.subspace import (
-    BOTH,
+    LEFT,
+    RIGHT,
     SCHEMA_VERSION,
     SubspaceKeys,
     SubspaceOptions,
@@ -272,9 +273,9 @@ class GaLoreAdamW(AdamW):
         for p in params:
             follow(p, self.state[p], options)
         for p in params:
-            if self.state[p]["side"] == BOTH:
-                self._two_sided_step(p, group, options)
-        params = [p for p in params if self.state[p]["side"] != BOTH]
+            if self.state[p]["side"] not in (RIGHT, LEFT):
+                self._tucker_step(p, group, options)
+        params = [p for p in params if self.state[p]["side"] in (RIGHT, LEFT)]
         due = [
             p
             for p, state in ((p, self.state[p]) for p in params)
@@ -315,9 +316,9 @@ class GaLoreAdamW(AdamW):
             if not state or state["step"].device != p.device or not self._outcomes.is_known(state):
                 raise RuntimeError(_NO_STATE)
 
-    def _two_sided_step(self, p: Tensor, group: dict[str, Any], options: SubspaceOptions) -> None:
+    def _tucker_step(self, p: Tensor, group: dict[str, Any], options: SubspaceOptions) -> None:
         beta1, beta2 = map(float, group["betas"])
-        two_sided.step(
+        self._refresh_seconds += tucker.step(
             p,
             _grad(p),
             self.state[p],
@@ -526,10 +527,10 @@ def _check_states(
     plain: list[Tensor],
 ) -> None:
     """Raises where a parameter's state is not of the kind that its group asks for by now."""
-    for params, has_basis in ((projected, True), (plain, False)):
+    for params, has_bases in ((projected, True), (plain, False)):
         for name, p in _names(group, params):
             known = state.get(p)
-            if known and ("basis" in known) != has_basis:
+            if known and ("side" in known) != has_bases:
                 raise ValueError(
                     f"the state of {name} was made under another rank than the group's {group['rank']} "
                     "(nothing was written)"

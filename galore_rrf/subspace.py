@@ -18,13 +18,14 @@ from torch import Tensor
 from galore_rrf import moments, ops
 from galore_rrf.range_finder import Status
 
-RIGHT, LEFT, BOTH = 0, 1, 2
+RIGHT, LEFT, BOTH, TUCKER = 0, 1, 2, 3
 
 SCHEMA_VERSION = 1
 """Version of the per-parameter state; every group carries it as ``schema_version``."""
 
 STATE_KEYS = ("step", "exp_avg", "exp_avg_sq", "basis", "rank", "side", "key", "refreshes", "last_refresh")
-"""Tensors `step` to `basis`, then ints; on both sides ``basis_right`` too; see docs/checkpoints.md."""
+"""Of a projection of one side: tensors `step` to `basis`, then ints.  Others have more bases, by the names of
+`modes_of`; see docs/checkpoints.md."""
 
 
 class RefinementKeys(TypedDict, total=False):
@@ -67,7 +68,7 @@ PRESETS: dict[str, SubspaceKeys] = {
 }
 
 _CHOICES = {
-    "proj_type": ("std", "reverse_std", "left", "right", "full"),
+    "proj_type": ("std", "reverse_std", "left", "right", "full", "tucker"),
     "projector": ("range_finder", "svd"),
     "sketch": ("warm", "plain", "half_power", "power"),
     "moments": ("rotate", "keep"),
@@ -76,6 +77,10 @@ _CHOICES = {
     "arithmetic": ("torch", "galore_torch", "bitsandbytes"),
     "state_dtype": (None, torch.float32, torch.bfloat16, torch.uint8),
 }
+
+
+# What proj_type="full" and "tucker" do not have.
+_OF_ONE_SIDE = ("stochastic_rounding", "residual", "tolerance")
 
 
 def _invalid(name: str, value: object, allowed: str, kind: type[Exception] = ValueError) -> Exception:
@@ -105,7 +110,9 @@ class SubspaceOptions:
         update_proj_gap: steps from one refresh to the next; 1: every step.
         scale: factor on the update, GaLore's alpha.
         proj_type: ``"std"`` projects the shorter side (right where m >= n), ``"reverse_std"`` the longer;
-            ``"right"``, ``"left"``; ``"full"`` both, R = P^T G Q (`two_sided`).
+            ``"right"``, ``"left"``; ``"full"`` both, R = P^T G Q (`tucker`); ``"tucker"``: parameters with
+            four dimensions or more (convolutions; others as with ``"std"``) in each mode that is longer than
+            the rank, and so is the product of the others.
         projector: ``"range_finder"``, or ``"svd"`` (exact, for comparison).
         sketch: of the range finder: ``"warm"`` starts from the previous basis, ``"plain"``,
             ``"half_power"``, ``"power"`` from a Gaussian test matrix.
@@ -162,17 +169,15 @@ class SubspaceOptions:
         _check_number("scale", self.scale, math.isfinite, "a finite number")
         if not isinstance(self.stochastic_rounding, bool):
             raise _invalid("stochastic_rounding", self.stochastic_rounding, "True or False", TypeError)
-        if self.stochastic_rounding and self.proj_type == "full":
-            raise ValueError("stochastic_rounding goes with a projection of one side, got proj_type='full'")
         _check_number("residual_scale", self.residual_scale, math.isfinite, "a finite number")
-        if self.residual != "drop" and self.proj_type == "full":
-            raise ValueError(
-                f"residual goes with a projection of one side, got residual={self.residual!r} and proj_type='full'"
-            )
+        for name in _OF_ONE_SIDE if self.proj_type in ("full", "tucker") else ():
+            if getattr(self, name) != getattr(SubspaceOptions, name):
+                raise ValueError(
+                    f"{name} goes with a projection of one side, got {name}={getattr(self, name)!r} and "
+                    f"proj_type={self.proj_type!r}"
+                )
         if self.tolerance is not None:
             _check_number("tolerance", self.tolerance, lambda x: 0 < x < 1, "between 0 and 1, or None")
-            if self.proj_type == "full":
-                raise ValueError("tolerance goes with a projection of one side, got proj_type='full'")
             if self.projector != "range_finder" or self.moments != "rotate":
                 raise ValueError(
                     f"tolerance goes with projector='range_finder' and moments='rotate' (ranks change), "
@@ -222,11 +227,13 @@ def rank_of(p: Tensor, options: SubspaceOptions) -> int | None:
     """The rank that a parameter is projected to; None: it is plain AdamW.
 
     So are 1-D parameters and matrices with min(m, n) <= rank, but in the arithmetics of other packages, which
-    project these onto all of their shorter side.
+    project these onto all of their shorter side; with ``"tucker"`` what has no mode to project.
     """
     if options.rank is None or p.dim() < 2 or p.numel() == 0:
         return None
-    m, n = (p.shape[-2], p.shape[-1]) if p.dim() <= 3 else (p.shape[0], math.prod(p.shape[1:]))
+    if side_of(p, options.proj_type) == TUCKER:
+        return options.rank if modes_of(p, TUCKER, options.rank) else None
+    m, n = projected_shape(p)[-2:]
     if min(m, n) <= options.rank and options.arithmetic == "torch":
         return None
     return min(m, n, options.rank)
@@ -242,13 +249,43 @@ def is_torchs(p: Tensor, options: SubspaceOptions) -> bool:
     return options.arithmetic == "torch" and (options.state_dtype is None or dtype == p.dtype)
 
 
-def side_of(matrix: Tensor, proj_type: str) -> int:
+def side_of(p: Tensor, proj_type: str) -> int:
     if proj_type == "full":
         return BOTH
+    if proj_type == "tucker" and p.dim() > 3:
+        return TUCKER
     if proj_type in ("right", "left"):
         return RIGHT if proj_type == "right" else LEFT
-    tall = matrix.shape[-2] >= matrix.shape[-1]
-    return RIGHT if tall == (proj_type == "std") else LEFT
+    m, n = projected_shape(p)[-2:]
+    return RIGHT if (m >= n) == (proj_type != "reverse_std") else LEFT
+
+
+def projected_form(p: Tensor, side: int) -> Tensor:
+    """What of a parameter is projected: with TUCKER itself, else a matrix or a stack of them."""
+    return p if side == TUCKER else as_matrices(p)
+
+
+def projected_shape(p: Tensor, side: int = RIGHT) -> tuple[int, ...]:
+    """Of the projected form."""
+    return tuple(p.shape) if p.dim() <= 3 or side == TUCKER else (p.shape[0], math.prod(p.shape[1:]))
+
+
+def modes_of(p: Tensor, side: int, rank: int) -> dict[str, int]:
+    """The names of a state's bases, and which mode of the projected form each is of, counted from the last."""
+    if side == TUCKER:
+        lengths = enumerate(p.shape)
+        return {f"basis_{i}": i - p.dim() for i, n in lengths if min(n, p.numel() // n) > rank}
+    return (
+        {"basis": -1}
+        if side == RIGHT
+        else {"basis": -2}
+        if side == LEFT
+        else {"basis": -2, "basis_right": -1}
+    )
+
+
+def bases_of(state: Mapping[str, Any]) -> dict[str, Tensor]:
+    return {name: value for name, value in state.items() if name.startswith("basis")}
 
 
 def compute_dtype(p: Tensor) -> torch.dtype:
@@ -256,41 +293,32 @@ def compute_dtype(p: Tensor) -> torch.dtype:
     return torch.float64 if p.dtype == torch.float64 else torch.float32
 
 
-def state_shapes(matrix: Tensor, side: int, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Shapes of the moments and of the basis; that of ``basis_right`` is the latter with n for m."""
-    *stack, m, n = matrix.shape
-    if side == BOTH:
-        return (*stack, rank, rank), (*stack, m, rank)
-    if side == RIGHT:
-        return (*stack, m, rank), (*stack, n, rank)
-    return (*stack, rank, n), (*stack, m, rank)
+def state_shapes(p: Tensor, side: int, rank: int) -> tuple[tuple[int, ...], dict[str, tuple[int, ...]]]:
+    """Shapes of the moments, and of the bases by their names."""
+    shape = projected_shape(p, side)
+    stack = shape[:-2] if side != TUCKER else ()
+    modes = modes_of(p, side, rank)
+    core = (rank if i - len(shape) in modes.values() else n for i, n in enumerate(shape))
+    return tuple(core), {name: (*stack, shape[mode], rank) for name, mode in modes.items()}
 
 
 def new_state(p: Tensor, options: SubspaceOptions, key: int) -> dict[str, Any]:
     """Zeros at the rank cap; ``refreshes`` 0 says that there is no basis yet."""
-    matrix = as_matrices(p)
-    side = side_of(matrix, options.proj_type)
+    side = side_of(p, options.proj_type)
     rank = rank_of(p, options)
     assert rank is not None
-    shape, basis = state_shapes(matrix, side, rank)
+    shape, bases = state_shapes(p, side, rank)
     return {
         "step": torch.zeros((), dtype=torch.float32, device=p.device),
         **zero_moments(p, shape, options.state_dtype),
-        # In the weight's dtype: half precision products take it as it is.
-        "basis": torch.zeros(basis, dtype=p.dtype, device=p.device),
-        **({"basis_right": right_basis(p, matrix, rank)} if side == BOTH else {}),
+        # In the weight's dtype: half precision products take them as they are.
+        **{name: torch.zeros(basis, dtype=p.dtype, device=p.device) for name, basis in bases.items()},
         "rank": rank,
         "side": side,
         "key": key,
         "refreshes": 0,
         "last_refresh": 0,
     }
-
-
-def right_basis(p: Tensor, matrix: Tensor, rank: int) -> Tensor:
-    """Zeros in place of the second basis of a two-sided projection."""
-    *stack, _, n = matrix.shape
-    return torch.zeros(*stack, n, rank, dtype=p.dtype, device=p.device)
 
 
 def zero_moments(p: Tensor, shape: Sequence[int], state_dtype: torch.dtype | None) -> dict[str, Tensor]:
@@ -312,13 +340,13 @@ def follow(
     counts_on_device: whether torch's own AdamW, where it takes the step, has its count beside the weight
     (fused, capturable); else it is on the CPU.  Ours always has it there.
     """
-    plain = "basis" not in state
+    plain = "side" not in state
     shape: Sequence[int] = (p.numel(),)
     if not plain:
-        shape, _ = state_shapes(as_matrices(p), state["side"], rank_of(p, options) or state["rank"])
-        for name in ("basis", "basis_right"):
-            if name in state and state[name].dtype != p.dtype:
-                state[name] = state[name].to(p.dtype)
+        shape, _ = state_shapes(p, state["side"], rank_of(p, options) or state["rank"])
+        for name, basis in bases_of(state).items():
+            if basis.dtype != p.dtype:
+                state[name] = basis.to(p.dtype)
     dtype = moments.kept_dtype(math.prod(shape), options.state_dtype, compute_dtype(p))
     device = p.device
     if plain and is_torchs(p, options):
@@ -356,12 +384,12 @@ def refresh(
     is zero or not finite or memory runs out: the step then deals with it, and the refresh stays due.
     """
     find = _find_all if options.tolerance is not None else find_each
-    bases = _unless_out_of_memory(lambda: find(states, grads, options)) or [None] * len(states)
+    bases = unless_out_of_memory(lambda: find(states, grads, options)) or [None] * len(states)
     projected: list[Tensor | None] = []
     for state, grad, found in zip(states, grads, bases, strict=True):
         moved = None
         if found is not None and bool(found[1].isfinite().all()):  # products may overflow
-            moved = _unless_out_of_memory(partial(_moved, state, grad, found, options, betas))
+            moved = unless_out_of_memory(partial(_moved, state, grad, found, options, betas))
         state.update(moved or {})
         projected.append(found[1] if found is not None and moved is not None else None)
     return projected
@@ -371,7 +399,8 @@ Found = tuple[Tensor, Tensor] | None  # a new basis and the projected gradient i
 T = TypeVar("T")
 
 
-def _unless_out_of_memory(work: Callable[[], T]) -> T | None:
+def unless_out_of_memory(work: Callable[[], T]) -> T | None:
+    """What `work` returns; None where memory ran out."""
     try:
         return work()
     except (MemoryError, torch.OutOfMemoryError):

@@ -25,7 +25,7 @@ from training import (
 )
 
 from galore_rrf import GaLoreAdamW, ops
-from galore_rrf.subspace import SCHEMA_VERSION, as_matrices
+from galore_rrf.subspace import SCHEMA_VERSION, as_matrices, bases_of
 
 pytestmark = pytest.mark.core
 
@@ -182,14 +182,14 @@ def test_subspace_changes_at_a_refresh_alone(device, kind):
     opt = optimizer(kind, w, b)
     gap = opt.param_groups[0]["update_proj_gap"]
     train(opt, [w, b], range(gap))
-    before = opt.state[w]["basis"].clone()
+    before = {name: basis.clone() for name, basis in bases_of(opt.state[w]).items()}
     if gap > 1:
         copy = weight(kind, device)
         again = optimizer(kind, copy, bias(device))
         train(again, [copy], range(1))
-        assert same(again.state[copy]["basis"], before)
+        assert same(bases_of(again.state[copy]), before)
     train(opt, [w, b], [gap])
-    assert not same(opt.state[w]["basis"], before)
+    assert not any(same(basis, before[name]) for name, basis in bases_of(opt.state[w]).items())
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -199,11 +199,14 @@ def test_update_lies_in_the_subspace(device, kind):
     opt = optimizer(kind, w, b, weight_decay=0.0)
     before = w.detach().clone()
     train(opt, [w, b], [0])
-    change = as_matrices(w.detach().double() - before.double())
-    q = opt.state[w]["basis"].double()
-    change = change.mT if opt.state[w]["side"] == 0 else change
-    left = (change - q @ (q.mT @ change)).norm() / change.norm()
-    assert left < (0.1 if w.dtype == torch.bfloat16 else 1e-4)
+    change = w.detach().double() - before.double()
+    matrix = as_matrices(change)
+    fibers = {"basis": matrix if opt.state[w]["side"] else matrix.mT, "basis_right": matrix.mT}
+    fibers |= {f"basis_{i}": change.movedim(i, 0).flatten(1) for i in range(w.dim())}
+    for name, basis in bases_of(opt.state[w]).items():
+        q = basis.double()
+        left = (fibers[name] - q @ (q.mT @ fibers[name])).norm() / change.norm()
+        assert left < (0.1 if w.dtype == torch.bfloat16 else 1e-4)
 
 
 def test_published_preset_has_the_published_values():
@@ -419,7 +422,7 @@ def test_state_has_its_keys_from_the_first_step(device, kind, zero):
     assert opt.param_groups[0]["schema_version"] == SCHEMA_VERSION
     if zero:
         assert opt.state[w]["step"].item() == 0
-        assert not opt.state[w]["basis"].any()
+        assert not any(basis.any() for basis in bases_of(opt.state[w]).values())
 
 
 def test_state_key_is_the_position_among_all_matrices(device):

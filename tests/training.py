@@ -6,7 +6,7 @@ import io
 import torch
 
 from galore_rrf import GaLoreAdamW
-from galore_rrf.subspace import BOTH, STATE_KEYS, as_matrices, compute_dtype, state_shapes
+from galore_rrf.subspace import STATE_KEYS, compute_dtype, state_shapes
 
 # Shape of the weight, its dtype, the group's keys: one of every way a subspace is found and used.
 KINDS = {
@@ -22,6 +22,7 @@ KINDS = {
     "stack_tolerance": ((3, 12, 16), torch.float32, {"tolerance": 0.4, "update_proj_gap": 3}),
     "full": ((24, 16), torch.float32, {"proj_type": "full", "update_proj_gap": 3}),
     "full_stack": ((3, 12, 16), torch.float32, {"proj_type": "full", "update_proj_gap": 3}),
+    "tucker": ((12, 8, 3, 3), torch.float32, {"proj_type": "tucker", "update_proj_gap": 3}),
     "conv": ((12, 3, 3, 3), torch.float32, {"update_proj_gap": 3}),
     "conv_channels_last": ((12, 3, 3, 3), torch.float32, {"update_proj_gap": 3}),
 }
@@ -128,18 +129,17 @@ def saved_and_loaded(state_dict):
 
 def check_state(p, state, rank):
     """The contract of a projected parameter's state; `rank` is the cap."""
-    assert tuple(k for k in state if k != "basis_right") == STATE_KEYS
-    assert all(isinstance(state[k], torch.Tensor) for k in STATE_KEYS[:4])
-    assert all(type(state[k]) is int and state[k] >= 0 for k in STATE_KEYS[4:])
+    bases = [k for k in state if k.startswith("basis")]
+    ints = STATE_KEYS[4:]
+    assert tuple(state) == (*STATE_KEYS[:3], *bases, *ints)
+    assert all(isinstance(state[k], torch.Tensor) for k in (*STATE_KEYS[:3], *bases))
+    assert all(type(state[k]) is int and state[k] >= 0 for k in ints)
     assert 1 <= state["rank"] <= rank
-    moments, basis = state_shapes(as_matrices(p), state["side"], state["rank"])
-    both = state["side"] == BOTH
-    assert both == ("basis_right" in state)
+    moments, shapes = state_shapes(p, state["side"], state["rank"])
+    assert list(shapes) == bases
     for key, shape, dtype in (
-        ("exp_avg", moments, compute_dtype(p)),
-        ("exp_avg_sq", moments, compute_dtype(p)),
-        ("basis", basis, p.dtype),
-        *([("basis_right", (*basis[:-2], as_matrices(p).shape[-1], basis[-1]), p.dtype)] if both else []),
+        *((key, moments, compute_dtype(p)) for key in STATE_KEYS[1:3]),
+        *((key, shape, p.dtype) for key, shape in shapes.items()),
     ):
         assert (tuple(state[key].shape), state[key].dtype) == (shape, dtype), key
         assert state[key].is_contiguous(), key

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from galore_rrf import moments
+from galore_rrf.subspace import bases_of
 
 if TYPE_CHECKING:
     from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
@@ -89,6 +90,7 @@ def _matched(
                 "optimizer: they need the same state_dtype"
             )
         matched[key] = torch.zeros(found.size, dtype=value.dtype, device=value.device)
-    if "basis" in matched:
-        matched.update(rank=matched["basis"].shape[-1], refreshes=0, last_refresh=0)
+    bases = list(bases_of(matched).values())
+    if bases:
+        matched.update(rank=bases[0].shape[-1], refreshes=0, last_refresh=0)
     return matched

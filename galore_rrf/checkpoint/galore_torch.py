@@ -15,7 +15,7 @@ from galore_rrf import moments
 from galore_rrf.checkpoint.match import Match, imported
 from galore_rrf.checkpoint.schema import kind_of
 from galore_rrf.checkpoint.torch_adamw import converted
-from galore_rrf.subspace import BOTH, RIGHT, as_matrices, side_of
+from galore_rrf.subspace import BOTH, RIGHT, side_of
 
 if TYPE_CHECKING:
     from galore_rrf.optimizer import GaLoreAdamW
@@ -98,7 +98,7 @@ def _converted(match: Match) -> Mapping[str, Any] | None:
         raise ValueError(
             f"update_proj_gap of the projector of {match.name} must be a positive integer, got {gap!r}"
         )
-    side = side_of(as_matrices(match.p), proj_type)
+    side = side_of(match.p, proj_type)
     basis = bases[0].mT if side == RIGHT else bases[0]
     # It refreshes where the count of steps taken is a multiple of the interval.
     refreshed = (steps - 1) // gap

@@ -17,11 +17,14 @@ from galore_rrf.subspace import (
     RIGHT,
     SCHEMA_VERSION,
     STATE_KEYS,
+    TUCKER,
     SubspaceOptions,
-    as_matrices,
+    bases_of,
     compute_dtype,
     is_projected,
     is_torchs,
+    modes_of,
+    projected_shape,
     resolve,
     state_shapes,
 )
@@ -106,26 +109,28 @@ def checked_states(
 
 def check_projected_state(name: str, p: Tensor, saved: Mapping[str, Any]) -> None:
     """Raises ValueError unless `saved` is a state of the projected parameter `p`."""
-    missing = [key for key in STATE_KEYS if key not in saved]
+    is_tucker = isinstance(saved.get("side"), int) and saved["side"] == TUCKER
+    missing = [key for key in STATE_KEYS if key not in saved and not (is_tucker and key == "basis")]
     if missing:
         foreign = "exp_avg" in saved and "basis" in missing
         raise ValueError(
             f"the state of {name}, which is projected, lacks {', '.join(missing)}"
             + (f"; it looks like plain AdamW's or galore_torch's: {_IMPORT}" if foreign else "")
         )
-    unknown = [str(key) for key in saved if key not in (*STATE_KEYS, *moments.SCALES, "basis_right")]
+    known = (*STATE_KEYS, *moments.SCALES, "basis_right", *(f"basis_{i}" for i in range(p.dim())))
+    unknown = [str(key) for key in saved if key not in known]
     if unknown:
         raise ValueError(f"the state of {name} has unknown keys {', '.join(unknown)}")
     for key in INTS:
         value = saved[key]
         if isinstance(value, bool) or not isinstance(value, int) or value < 0:
             raise ValueError(f"{key} of {name} must be an integer, not negative, got {value!r}")
-    if saved["side"] not in (RIGHT, LEFT, BOTH):
-        raise ValueError(f"side of {name} must be 0 (right), 1 (left) or 2 (both), got {saved['side']}")
-    two_sided = saved["side"] == BOTH
-    if two_sided != ("basis_right" in saved):
+    side = saved["side"]
+    if side not in (RIGHT, LEFT, BOTH, TUCKER):
+        raise ValueError(f"side of {name} must be 0 (right), 1 (left), 2 (both) or 3 (Tucker), got {side}")
+    if side == TUCKER and p.dim() < 4:
         raise ValueError(
-            f"side of {name} is {saved['side']}, but the state has {'no' if two_sided else 'a'} basis_right"
+            f"side of {name} is 3 (Tucker), but a parameter of shape {tuple(p.shape)} has no four dimensions"
         )
     if saved["rank"] < 1:
         raise ValueError(f"rank of {name} must be positive, got {saved['rank']}")
@@ -137,25 +142,34 @@ def check_projected_state(name: str, p: Tensor, saved: Mapping[str, Any]) -> Non
             f"last_refresh of {name} must be at most its step, {float(saved['step']):.0f}, "
             f"got {saved['last_refresh']}"
         )
-    matrix = as_matrices(p)
-    shorter = min(matrix.shape[-2:])
-    if saved["rank"] > shorter:
-        raise ValueError(
-            f"rank of {name} must be at most {shorter}, the shorter side of a parameter of shape "
-            f"{tuple(p.shape)}, got {saved['rank']}"
-        )
-    shape, basis = state_shapes(matrix, saved["side"], saved["rank"])
+    _check_rank(name, p, side, saved["rank"])
+    shape, bases = state_shapes(p, side, saved["rank"])
+    found = bases_of(saved)
+    for key in (*bases, *found):
+        if (key in bases) != (key in found):
+            raise ValueError(
+                f"side of {name} is {side}, but the state has {'no' if key in bases else 'a'} {key} "
+                f"(rank {saved['rank']})"
+            )
     needs = f"a parameter of shape {tuple(p.shape)} at rank {saved['rank']}"
-    _check_moments(name, saved, shape, needs)
-    check_tensor(f"basis of {name}", saved["basis"], basis, needs)
-    if two_sided:
-        right = (*basis[:-2], matrix.shape[-1], basis[-1])
-        check_tensor(f"basis_right of {name}", saved["basis_right"], right, needs)
+    scale = (ceil(prod(shape) / moments.BLOCK),) if side == TUCKER else None
+    _check_moments(name, saved, shape, needs, scale)
+    for key, basis in bases.items():
+        check_tensor(f"{key} of {name}", saved[key], basis, needs)
+
+
+def _check_rank(name: str, p: Tensor, side: int, rank: int) -> None:
+    what = f"of a parameter of shape {tuple(p.shape)}, got {rank}"
+    shorter = min(projected_shape(p)[-2:])
+    if side != TUCKER and rank > shorter:
+        raise ValueError(f"rank of {name} must be at most {shorter}, the shorter side {what}")
+    if side == TUCKER and not modes_of(p, side, rank):
+        raise ValueError(f"rank of {name} must be less than the length of a mode {what}")
 
 
 def check_plain_state(name: str, p: Tensor, saved: Mapping[str, Any], *, amsgrad: bool = False) -> None:
     """Raises ValueError unless `saved` is a state of the parameter `p` under AdamW."""
-    if "basis" in saved or "projector" in saved:
+    if bases_of(saved) or "projector" in saved:
         raise ValueError(f"the state of {name} is projected, where one of plain AdamW is expected")
     names = (*moments.NAMES, "max_exp_avg_sq") if amsgrad else moments.NAMES
     missing = [key for key in ("step", *names) if key not in saved]
@@ -235,7 +249,7 @@ def _projected_state(p: Tensor, saved: Mapping[str, Any], state_dtype: torch.dty
     return {
         "step": step_tensor(saved),
         **_moments(p, saved, state_dtype),
-        **{key: copied(p, saved[key], p.dtype) for key in ("basis", "basis_right") if key in saved},
+        **{key: copied(p, basis, p.dtype) for key, basis in bases_of(saved).items()},
         **{key: saved[key] for key in INTS},
     }
 

@@ -13,8 +13,12 @@ from torch import Tensor, nn
 from galore_rrf.memory.activations import llama_activations
 from galore_rrf.param_groups import EXCLUDE, INCLUDE, NamedParameter, param_groups
 from galore_rrf.subspace import (
+    LEFT,
+    RIGHT,
+    TUCKER,
     SubspaceOptions,
     as_matrices,
+    bases_of,
     compute_dtype,
     is_projected,
     matrix_count,
@@ -163,7 +167,7 @@ def estimate(
         master_weights=master_weights,
         momentum=_bytes_of(moments, "exp_avg"),
         variance=_bytes_of(moments, "exp_avg_sq"),
-        bases=_bytes(state[key] for state in states for key in ("basis", "basis_right") if key in state),
+        bases=_bytes(basis for state in states for basis in bases_of(state).values()),
         steps=_STEP * len(projected + plain),
         workspace=_workspace(plain, projected, states, threads or torch.get_num_threads()),
         activations=activations,
@@ -252,15 +256,14 @@ def _workspace(
     return max(of_plain, sum(nlargest(threads, of_projected)))
 
 
-def _refresh_workspace(p: Tensor, state: Mapping[str, Tensor]) -> int:
+def _refresh_workspace(p: Tensor, state: Mapping[str, Any]) -> int:
     """Bytes that one matrix of `p` needs in a step that refreshes by a warm start and rotates.
 
     Read off csrc/range_finder/fixed_rank.cpp and csrc/optimizer; docs/benchmarks.md has such a peak measured.
     """
+    if state["side"] not in (RIGHT, LEFT):
+        return _tucker_workspace(p, state)
     side, rank = state["basis"].shape[-2:]
-    if "basis_right" in state:  # galore_rrf/two_sided.py: sketches and bases, and half precision cast
-        cast = 2 * p.numel() // matrix_count(p) if p.element_size() < compute_dtype(p).itemsize else 0
-        return compute_dtype(p).itemsize * (3 * rank * (side + state["basis_right"].shape[-2]) + cast)
     length = state["exp_avg"].numel() // (rank * matrix_count(p))
     dtype = compute_dtype(p)
     size = dtype.itemsize
@@ -280,3 +283,17 @@ def _refresh_workspace(p: Tensor, state: Mapping[str, Tensor]) -> int:
         + loaded,  # the basis, the rotation, moments in tiles
     )
     return size * entries + 8 * length  # the order of the rows of the LU
+
+
+def _tucker_workspace(p: Tensor, state: Mapping[str, Any]) -> int:
+    """The same with more than one basis (galore_rrf/tucker.py): half precision cast, and for a mode at a time what
+    those before it left, its sketches and its basis."""
+    size, left = compute_dtype(p).itemsize, p.numel() // matrix_count(p)
+    cast = 2 * left if p.element_size() < size else 0
+    needed: list[int] = []
+    for basis in bases_of(state).values():
+        side, rank = basis.shape[-2:]
+        unfolded = left if needed or state["side"] == TUCKER else 0
+        needed.append(unfolded + 3 * rank * (side + left // side))
+        left = left // side * rank
+    return size * (cast + max(needed))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from galore_rrf import two_sided
+from galore_rrf import tucker
 from galore_rrf.checkpoint import check_sizes, completed_groups
 from galore_rrf.checkpoint.schema import INTS, check_step, check_tensor, copied, step_tensor
 from galore_rrf.compat.galore_torch.published import PUBLISHED
@@ -208,6 +208,11 @@ def _check_group(group: Mapping[str, Any]) -> None:
     for name, only in _FIXED.items():
         if group[name] != only:
             raise ValueError(f"Invalid {name}: {group[name]!r} (must be {only!r} in GaLoreAdafactor)")
+    if group["proj_type"] == "tucker":
+        raise ValueError(
+            "Invalid proj_type: 'tucker' (must be that of a matrix in GaLoreAdafactor, whose moments are "
+            "those of rows and columns)"
+        )
     if group["lr"] is None and not group["relative_step"]:
         raise ValueError("Invalid lr: None (must be a number without relative_step)")
 
@@ -278,9 +283,8 @@ def _shapes(p: Tensor, side: int, rank: int | None, first_moment: bool) -> dict[
     shape: tuple[int, ...] = tuple(p.shape)
     shapes: dict[str, tuple[int, ...]] = {"RMS": ()}
     if rank is not None:
-        shape, shapes["basis"] = state_shapes(as_matrices(p), side, rank)
-        if side == BOTH:
-            shapes["basis_right"] = (*shapes["basis"][:-2], as_matrices(p).shape[-1], rank)
+        shape, bases = state_shapes(p, side, rank)
+        shapes |= bases
     if first_moment:
         shapes["exp_avg"] = shape
     if len(shape) < 2:
@@ -293,7 +297,7 @@ def _new_state(p: Tensor, options: SubspaceOptions, key: int, first_moment: bool
     state: dict[str, Any] = {"step": torch.zeros((), dtype=torch.float32, device="cpu")}
     side = RIGHT
     if options.rank is not None:
-        side = side_of(as_matrices(p), options.proj_type)
+        side = side_of(p, options.proj_type)
         state |= {"rank": options.rank, "side": side, "key": key, "refreshes": 0, "last_refresh": 0}
     for name, shape in _shapes(p, side, options.rank, first_moment).items():
         state[name] = torch.zeros(shape, dtype=compute_dtype(p), device=p.device)
@@ -311,27 +315,26 @@ def _copied(p: Tensor, saved: Mapping[str, Any]) -> dict[str, Any]:
 
 def _projected(state: dict[str, Any], grad: Tensor, options: SubspaceOptions) -> Tensor:
     """The gradient in its subspace, which is found anew where that is due."""
+    both = state["side"] == BOTH
     if refresh_due(state, int(state["step"]), options.update_proj_gap):
-        found: tuple[Tensor, Tensor] | None
-        if state["side"] == BOTH:
-            found = two_sided.find(state, grad, state["rank"], options)
+        found: tuple[Any, Tensor] | None
+        if both:
+            found = tucker.find(state, grad, state["rank"], options)
         else:
             (found,) = find_each([state], [grad], options)
         if found is not None:
             state["refreshes"] += 1
             state["last_refresh"] = int(state["step"])
-            if state["side"] != BOTH:
-                state["basis"], projected = found
-                return projected
-            state["basis"], state["basis_right"] = found
-    if state["side"] == BOTH:
-        return two_sided.project(state, grad)
+            state |= found[0] if both else {"basis": found[0]}
+            return found[1]
+    if both:
+        return tucker.project(state, grad)
     return grad @ state["basis"] if state["side"] == RIGHT else state["basis"].mT @ grad
 
 
 def _back_projected(state: Mapping[str, Any], update: Tensor) -> Tensor:
     if state["side"] == BOTH:
-        return two_sided.back_projected(state, update)
+        return tucker.back_projected(state, update)
     return update @ state["basis"].mT if state["side"] == RIGHT else state["basis"] @ update
 
 
