@@ -59,8 +59,8 @@ class GaLoreAdamW(AdamW):
     Takes the place of `torch.optim.AdamW`: the same arguments, defaults and errors.  Groups without `rank`
     are plain AdamW, computed by torch itself unless `state_dtype` or `arithmetic` ask for what it has not.
     In a group with `rank`, parameters with two dimensions (and stacks, (e, m, n); convolutions unfolded to
-    (out, rest)) whose shorter side exceeds it are projected; a randomized range finder finds their subspace
-    every `update_proj_gap` steps.
+    (out, rest)) whose shorter side exceeds it are projected, with ``proj_type="tucker"`` convolutions in each of
+    their long modes; a randomized range finder finds their subspace every `update_proj_gap` steps.
 
     Args:
         params: as of any torch optimizer.  With `rank` here, named parameters follow the rule of
