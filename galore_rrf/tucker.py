@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -57,7 +58,7 @@ def step(
     found, seconds = None, 0.0
     if refresh_due(state, int(state["step"]), options.update_proj_gap):
         start = time.perf_counter()
-        found = unless_out_of_memory(lambda: _refreshed(state, g, rank, options, betas))
+        found = unless_out_of_memory(partial(_refreshed, state, g, rank, options, betas))
         seconds = time.perf_counter() - start
     if found is None and not state["refreshes"]:
         if not bool(g.any()):
@@ -75,6 +76,8 @@ def step(
         state["rank"] = rank
         state["refreshes"] += 1
         state["last_refresh"] = int(state["step"])
+    dtype = g.dtype
+    del g  # half precision is cast once more
     update = torch.zeros_like(core)
     ops.adamw_(
         [update],
@@ -92,10 +95,10 @@ def step(
     for name, moment in zip(moments.NAMES, (mean, square), strict=True):
         state |= moments.kept(name, moment, state[name].dtype)
     decay = 1 - lr * weight_decay
-    (first, basis), *others = _factors(state, weight.dim(), g.dtype)
+    (first, basis), *others = _factors(state, weight.dim(), dtype)
     for mode, other in others:
         update = _product(update, mode, other)
-    stepped = _unfolded(weight.to(g.dtype), first)  # the weight itself where dtype and strides allow it
+    stepped = _unfolded(weight.to(dtype), first)  # the weight itself where dtype and strides allow it
     add_product_ = stepped.addmm_ if stepped.dim() == 2 else stepped.baddbmm_
     alpha = 1 if options.arithmetic == "torch" else decay
     add_product_(basis, _unfolded(update, first), beta=decay, alpha=alpha)
@@ -119,19 +122,17 @@ def _refreshed(
         taken = float(state["step"])
         corrections = 1 - betas[0] ** taken, 1 - betas[1] ** taken
         old = bases_of(state)
-        for name in old | bases:  # another rank may project other modes
-            mode = _mode(name, grad.dim())
-            whole = torch.eye(grad.shape[mode], dtype=grad.dtype, device=grad.device)
-            shape = mean.shape
+        for name in old | bases:
+            mode, shape = _mode(name, grad.dim()), mean.shape
+            before, after = (
+                # Another rank may project other modes.
+                each[name].to(grad.dtype) if name in each else torch.eye(grad.shape[mode]).to(grad)
+                for each in (old, bases)
+            )
             mean, square = (
                 _folded(moment, shape, mode)
                 for moment in ops.rotate_moments(
-                    _unfolded(mean, mode),
-                    _unfolded(square, mode),
-                    old.get(name, whole).to(grad.dtype),
-                    bases.get(name, whole),
-                    LEFT,
-                    *corrections,
+                    _unfolded(mean, mode), _unfolded(square, mode), before, after, LEFT, *corrections
                 )
             )
     return bases, core, mean.contiguous(), square.contiguous()

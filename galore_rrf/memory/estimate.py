@@ -248,12 +248,13 @@ def _workspace(
     foreach path, the default on a GPU, holds the roots of all, its fused path nothing.
     """
     of_plain = 2 * max(map(_bytes, ([p] for p in plain)), default=0)
-    of_projected = [
-        _refresh_workspace(p, state)
-        for p, state in zip(projected, states, strict=True)
-        for _ in range(matrix_count(p))
-    ]
-    return max(of_plain, sum(nlargest(threads, of_projected)))
+    of_one_side, of_modes = [], [0]
+    for p, state in zip(projected, states, strict=True):
+        if state["side"] in (RIGHT, LEFT):
+            of_one_side += [_refresh_workspace(p, state)] * matrix_count(p)
+        else:
+            of_modes.append(_tucker_workspace(p, state))
+    return max(of_plain, sum(nlargest(threads, of_one_side)), max(of_modes))
 
 
 def _refresh_workspace(p: Tensor, state: Mapping[str, Any]) -> int:
@@ -261,8 +262,6 @@ def _refresh_workspace(p: Tensor, state: Mapping[str, Any]) -> int:
 
     Read off csrc/range_finder/fixed_rank.cpp and csrc/optimizer; docs/benchmarks.md has such a peak measured.
     """
-    if state["side"] not in (RIGHT, LEFT):
-        return _tucker_workspace(p, state)
     side, rank = state["basis"].shape[-2:]
     length = state["exp_avg"].numel() // (rank * matrix_count(p))
     dtype = compute_dtype(p)
@@ -286,14 +285,23 @@ def _refresh_workspace(p: Tensor, state: Mapping[str, Any]) -> int:
 
 
 def _tucker_workspace(p: Tensor, state: Mapping[str, Any]) -> int:
-    """The same with more than one basis (galore_rrf/tucker.py): half precision cast, and for a mode at a time what
-    those before it left, its sketches and its basis."""
-    size, left = compute_dtype(p).itemsize, p.numel() // matrix_count(p)
-    cast = 2 * left if p.element_size() < size else 0
-    needed: list[int] = []
-    for basis in bases_of(state).values():
+    """The same of a parameter with more than one basis (galore_rrf/tucker.py), all of it."""
+    size, core = compute_dtype(p).itemsize, state["exp_avg"].numel()
+    half = p.element_size() < size
+    bases = list(bases_of(state).values())
+    left, peak, held = p.numel(), 0, 0  # what is left of the gradient; besides, the bases found before
+    for i, basis in enumerate(bases):
         side, rank = basis.shape[-2:]
-        unfolded = left if needed or state["side"] == TUCKER else 0
-        needed.append(unfolded + 3 * rank * (side + left // side))
-        left = left // side * rank
-    return size * (cast + max(needed))
+        short, long = basis.numel(), left // side * rank
+        unfolded = left if i and state["side"] == TUCKER else 0  # a copy
+        found = long + max(2 * long, long + short, 4 * short) + (short if half else 0)
+        found += 8 // size * (left // side)  # the order of the rows of the LU
+        peak = max(peak, held + (left if i else 0) + unfolded + found)
+        left, held = long, held + short
+    rotation = 2 * rank**2 + 4 * rank * min(_ROTATED, core // rank)
+    loaded = 0 if state["exp_avg"].dtype == compute_dtype(p) else 2 * core
+    expanded = p.numel() // bases[0].shape[-2] * rank
+    return size * max(
+        (p.numel() if half else 0) + max(peak, held + 3 * core + rotation + loaded),
+        (p.numel() + held if half else 0) + 3 * core + expanded,
+    )
