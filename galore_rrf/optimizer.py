@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import time
 import warnings
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from difflib import get_close_matches
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,10 +15,18 @@ from torch import Tensor
 from torch._compile import _disable_dynamo
 from torch.optim.adamw import AdamW, adamw
 from torch.optim.optimizer import _use_grad_for_differentiable
+from torch.utils.hooks import RemovableHandle
 from typing_extensions import Unpack
 
 from galore_rrf import checkpoint, moments, ops, tucker
-from galore_rrf.outcomes import Outcomes
+from galore_rrf.diagnostics import (
+    Observations,
+    RefreshHook,
+    SubspaceRecord,
+    named_states,
+    squared_cosine,
+)
+from galore_rrf.outcomes import Outcomes, Told
 from galore_rrf.param_groups import with_rank
 from galore_rrf.subspace import (
     LEFT,
@@ -25,11 +35,13 @@ from galore_rrf.subspace import (
     SubspaceKeys,
     SubspaceOptions,
     as_matrices,
+    bases_of,
     follow,
     is_projected,
     is_torchs,
     matrix_ids,
     new_state,
+    projected_form,
     refresh,
     refresh_due,
     refreshed_in_step,
@@ -97,6 +109,8 @@ class GaLoreAdamW(AdamW):
                 raise TypeError(f"GaLoreAdamW got an unexpected keyword argument {key!r}{_did_you_mean(key)}")
         self._subspace_defaults = resolve(subspace)
         self._outcomes = Outcomes()
+        self._observations = Observations()
+        self._refresh_hooks: OrderedDict[int, RefreshHook] = OrderedDict()
         super().__init__(
             with_rank(params, self._subspace_defaults["rank"]),
             lr,
@@ -136,6 +150,40 @@ class GaLoreAdamW(AdamW):
         """Wall-clock seconds that refreshes have taken in this object's steps; no part of its state."""
         return self._refresh_seconds
 
+    def diagnostics(self) -> list[SubspaceRecord]:
+        """A record of every projected parameter that has taken a step: rank, energy kept, angle, times, bytes.
+
+        Waits for steps that are still under way.
+        """
+        self._outcomes.settle()
+        return [
+            self._observations.record(name, p, state, self._outcomes.taken(state))
+            for name, p, state in named_states(self.param_groups, self.state)
+        ]
+
+    def register_refresh_hook(self, hook: RefreshHook) -> RemovableHandle:
+        """Has ``hook(optimizer, records)`` called after each step with refreshes, with the records of these.
+
+        On CUDA, where nobody waits for a step, that is at the beginning of the next one.  What the hook raises is
+        passed on; the step has then been taken, or on CUDA not begun.  As with torch's own hooks, copies and
+        pickles have none.
+        """
+        handle = RemovableHandle(self._refresh_hooks)
+        self._refresh_hooks[handle.id] = hook
+        return handle
+
+    def _tell_refreshes(self) -> None:
+        refreshed = self._observations.refreshed()
+        if not refreshed or not self._refresh_hooks:
+            return
+        records = [
+            self._observations.record(name, p, state, self._outcomes.taken(state))
+            for name, p, state in named_states(self.param_groups, self.state)
+            if p in refreshed
+        ]
+        for hook in list(self._refresh_hooks.values()):
+            hook(self, records)
+
     @_disable_dynamo  # clocks move at every step: what is compiled around them never stops being recompiled
     @_use_grad_for_differentiable
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -156,6 +204,7 @@ class GaLoreAdamW(AdamW):
         ]
         # With ``fused=True`` GradScaler leaves unscaling and skipping to the optimizer; torch's plain path does both.
         self._outcomes.settle()
+        self._tell_refreshes()  # of the step before, on CUDA
         found_inf, grad_scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
         if found_inf is not None and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
             raise RuntimeError(
@@ -185,6 +234,7 @@ class GaLoreAdamW(AdamW):
             for there in _by_device(projected):
                 with torch.autocast(there[0].device.type, enabled=False):
                     self._projected_step(group, options, there)
+        self._tell_refreshes()
         return loss
 
     @torch.no_grad()
@@ -282,25 +332,31 @@ class GaLoreAdamW(AdamW):
             if refresh_due(state, self._outcomes.taken(state), options.update_proj_gap)
         ]
         apart = [p for p in due if not refreshed_in_step(p, self.state[p], options)]
-        coefficients: dict[Tensor, Tensor | None] = {}
+        found: dict[Tensor, Tensor | None] = {}
+        turned: dict[Tensor, Tensor] = {}
+        seconds: dict[Tensor, float] = {}
         if apart:
+            states = [self.state[p] for p in apart]
             beta1, beta2 = map(float, group["betas"])
+            before = [state["basis"] for state in states]
             start = time.perf_counter()
-            found = refresh(
-                [self.state[p] for p in apart],
-                [as_matrices(_grad(p)) for p in apart],
-                options,
-                (beta1, beta2),
-            )
-            self._refresh_seconds += time.perf_counter() - start
-            coefficients = dict(zip(apart, found, strict=True))
+            coefficients = refresh(states, [as_matrices(_grad(p)) for p in apart], options, (beta1, beta2))
+            elapsed = time.perf_counter() - start
+            found = dict(zip(apart, coefficients, strict=True))
+            costs = [p.numel() * state["rank"] for p, state in zip(apart, states, strict=True)]
+            for p, state, old, cost in zip(apart, states, before, costs, strict=True):
+                if found[p] is not None:
+                    turned[p] = squared_cosine(old, state["basis"])
+                seconds[p] = elapsed * cost / sum(costs)
         within = set(due).difference(apart)
         self._call(
             group,
             options,
             params,
             [self.state[p]["refreshes"] if p in within else -1 for p in params],
-            [coefficients.get(p) for p in params],
+            [found.get(p) for p in params],
+            [turned.get(p) for p in params],
+            [seconds.get(p, 0.0) for p in params],
         )
 
     def _check_captured(self, group: dict[str, Any], params: Iterable[Tensor]) -> None:
@@ -318,10 +374,12 @@ class GaLoreAdamW(AdamW):
 
     def _tucker_step(self, p: Tensor, group: dict[str, Any], options: SubspaceOptions) -> None:
         beta1, beta2 = map(float, group["betas"])
-        self._refresh_seconds += tucker.step(
+        state = self.state[p]
+        refreshes, before = state["refreshes"], bases_of(state)
+        seconds = tucker.step(
             p,
             _grad(p),
-            self.state[p],
+            state,
             options,
             lr=float(group["lr"]),
             betas=(beta1, beta2),
@@ -330,6 +388,11 @@ class GaLoreAdamW(AdamW):
             maximize=group["maximize"],
             correct_bias=group.get("correct_bias", True),
         )
+        self._refresh_seconds += seconds
+        if state["refreshes"] > refreshes:
+            measures = tucker.measures(state, projected_form(_grad(p), state["side"]), before)
+            told = Told(state["last_refresh"], stepped=True, refreshed=True, measures=measures)
+            self._observations.note([p], [state], [seconds], [told])
 
     def _call(
         self,
@@ -338,11 +401,15 @@ class GaLoreAdamW(AdamW):
         params: list[Tensor],
         refreshes: list[int],
         coefficients: list[Tensor | None],
+        cosines: list[Tensor | None],
+        seconds_before: list[float],
     ) -> None:
+        """The step of all; `cosines` and `seconds_before` are of the refreshes made before it."""
         states = [self.state[p] for p in params]
         weights = [as_matrices(p) for p in params]
         beta1, beta2 = group["betas"]
-        seconds = torch.zeros(len(params), dtype=torch.float64, device="cpu")
+        seconds = torch.tensor(seconds_before, dtype=torch.float64, device="cpu")
+        measures = self._measures(params, refreshes, coefficients)
         try:
             outcomes = ops.projected_adamw_(
                 weights,
@@ -373,6 +440,7 @@ class GaLoreAdamW(AdamW):
                 residual=options.residual,
                 residual_scale=options.residual_scale,
                 refresh_seconds=seconds,
+                measures=measures,
                 exp_avg_scales=[moments.scale(state, "exp_avg") for state in states],
                 exp_avg_sq_scales=[moments.scale(state, "exp_avg_sq") for state in states],
             )
@@ -380,10 +448,26 @@ class GaLoreAdamW(AdamW):
             self._outcomes.forget(states)
             raise
         self._refresh_seconds += float(seconds.sum())
-        self._outcomes.add(outcomes, states)
+        if measures is not None:
+            for row, cosine in zip(measures, cosines, strict=True):
+                if cosine is not None:
+                    row[2] = cosine
+        listener = partial(self._observations.note, params, states, seconds.tolist())
+        self._outcomes.add(outcomes, states, measures, listener)
         for p, weight in zip(params, weights, strict=True):
             if weight.data_ptr() != p.data_ptr():  # unfolded from a layout that has no view as a matrix
                 p.copy_(weight.view(p.shape))
+
+    @staticmethod
+    def _measures(
+        params: list[Tensor], refreshes: list[int], coefficients: list[Tensor | None]
+    ) -> Tensor | None:
+        """Room for what a step with refreshes measures; none in a CUDA graph, which nobody listens to."""
+        refreshed = any(i >= 0 for i in refreshes) or any(r is not None for r in coefficients)
+        device = params[0].device if params else torch.device("cpu")
+        if not refreshed or (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
+            return None
+        return torch.empty(len(params), 3, dtype=torch.float64, device=device)
 
     def _init_projected(self, params: list[Tensor], options: SubspaceOptions) -> None:
         """State for parameters that have none; their matrix ids are positions among all matrices."""
@@ -431,6 +515,9 @@ class GaLoreAdamW(AdamW):
         cast it to the dtype of the weights."""
         super().__setstate__(state)
         self._outcomes = Outcomes()
+        self._observations = Observations()
+        if not hasattr(self, "_refresh_hooks"):  # loading keeps those that there are
+            self._refresh_hooks = OrderedDict()
         for p, loaded in getattr(self, "_loading", ()):
             self.state[p] = loaded
 

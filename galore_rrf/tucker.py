@@ -12,6 +12,7 @@ batches throughout.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor
 
 from galore_rrf import moments, ops
+from galore_rrf.diagnostics import squared_cosine
 from galore_rrf.subspace import (
     BOTH,
     LEFT,
@@ -204,6 +206,17 @@ def project(state: Mapping[str, Any], grad: Tensor) -> Tensor:
     for mode, basis in _factors(state, grad.dim(), grad.dtype):
         grad = _product(grad, mode, basis.mT)
     return grad.contiguous()
+
+
+def measures(
+    state: Mapping[str, Any], grad: Tensor, before: Mapping[str, Tensor]
+) -> tuple[float, float, float]:
+    """Of a refresh, what `ops.projected_adamw_` measures; the angles are the mean over modes with a basis `before`."""
+    core = project(state, grad.to(compute_dtype(grad)))
+    energy, kept = (float(torch.linalg.vector_norm(x, dtype=torch.float64).square()) for x in (grad, core))
+    now = bases_of(state)
+    cosines = [float(squared_cosine(before[name], now[name])) for name in now if name in before]
+    return energy, kept, sum(cosines) / len(cosines) if cosines else math.nan
 
 
 def back_projected(state: Mapping[str, Any], core: Tensor) -> Tensor:
