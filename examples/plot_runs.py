@@ -1,4 +1,4 @@
-"""Overlays the curves of runs of pretrain_llama.py, ended or not, and prints a table of them."""
+"""Overlays the curves of runs of pretrain_llama.py, ended or not, shows their subspaces, prints a table of them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from pretrain.errors import in_sentences
-from pretrain.results.plots import plot_curves
+from pretrain.results.plots import plot_curves, plot_diagnostics
 from pretrain.results.read import read_runs, runs_table
 
 
@@ -21,6 +21,10 @@ def main() -> int:
     plot_curves(runs, args.out)
     print(runs_table(runs))
     print(f"\nCurves: {args.out}")
+    if any((folder / "diagnostics.jsonl").exists() for folder in args.runs):
+        subspaces = args.out.with_name(f"{args.out.stem}_subspaces.png")
+        plot_diagnostics(args.runs, subspaces)
+        print(f"Subspaces: {subspaces}")
     return 0
 
 

@@ -43,8 +43,8 @@ class SubspaceRecord:
         squared_cosine: of the angles between the last two subspaces, the mean: 1 where nothing turned, about
             rank / side where nothing was kept.  Between ranks that differ, of the smaller one's angles.
         angle: whose squared cosine that is, in degrees.
-        refresh_seconds: wall-clock time of its refreshes, all together; of those that share a call each its part
-            by cost.  NaN where one was not timed, as on CUDA.
+        refresh_seconds: wall-clock time of its refreshes by this optimizer object; of those that share a call its
+            part by cost.  NaN where one was not timed, as on CUDA.
         state_bytes: of all tensors of its state now.
     """
 
@@ -110,7 +110,7 @@ class Observations:
                 seen.gradient, seen.projected = gradient, projected
             if one.refreshed:
                 seen.cosine = cosine
-                seen.seconds += elapsed
+                seen.seconds += elapsed or math.nan
                 self._refreshed.append(p)
 
     def refreshed(self) -> set[Tensor]:

@@ -224,6 +224,8 @@ class Config(BaseModel):
     """checkpoints kept"""
     tensorboard: bool = False
     """log for TensorBoard too"""
+    diagnostics_every: PositiveInt | None = 10
+    """steps between looks at which subspaces were refreshed, for diagnostics.jsonl; null: none"""
     spectra_at: list[NonNegativeInt] = []
     """steps whose singular values are saved: 0,10,100,1000"""
     spectra_layers: list[str] = ["layers.0.self_attn.q_proj", "layers.0.mlp.up_proj"]

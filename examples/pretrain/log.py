@@ -1,4 +1,4 @@
-"""What a run says while it goes: metrics.jsonl, TensorBoard, and a bar or quiet lines for people."""
+"""What a run says while it goes: metrics.jsonl, diagnostics.jsonl, TensorBoard, a bar or quiet lines for people."""
 
 from __future__ import annotations
 
@@ -7,13 +7,16 @@ import math
 import os
 import sys
 import time
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TextIO
 
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from galore_rrf.diagnostics import SubspaceRecord
 from pretrain.config import Config
+from pretrain.diagnostics import QUANTITIES, line
 from pretrain.files import write_atomically
 
 _QUIET_SECONDS = 30.0  # between lines where there is no terminal
@@ -24,11 +27,8 @@ class Log:
 
     def __init__(self, config: Config, step: int) -> None:
         assert config.out is not None
-        path = config.out / "metrics.jsonl"
-        if path.exists():
-            kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _step_of(line) <= step]
-            write_atomically(path, lambda file: file.writelines(f"{line}\n".encode() for line in kept))
-        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115  closed in close()
+        self._metrics = _Lines(config.out / "metrics.jsonl", step)
+        self._diagnostics = _Lines(config.out / "diagnostics.jsonl", step)
         self._board = None
         if config.tensorboard:
             self._board = SummaryWriter(str(config.out / "tensorboard"), purge_step=step + 1)
@@ -39,16 +39,21 @@ class Log:
 
     def write(self, step: int, **values: Any) -> None:
         """A line of metrics.jsonl; null stands for what is no number."""
-        line = {
-            key: None if isinstance(value, float) and not math.isfinite(value) else value
-            for key, value in values.items()
-        }
-        self._file.write(json.dumps({"step": step, **line}) + "\n")
-        self._file.flush()
+        self._metrics.write({"step": step, **values})
         if self._board is not None:
             for name, value in values.items():
                 for tag, number in value.items() if isinstance(value, Mapping) else [("", value)]:
                     self._board.add_scalar(f"{name}/{tag}" if tag else name, number, step)
+
+    def write_refreshes(self, step: int, records: Sequence[SubspaceRecord]) -> None:
+        """A line of diagnostics.jsonl for each."""
+        for record in records:
+            values = line(record, step)
+            self._diagnostics.write(values)
+            if self._board is not None:
+                for name in QUANTITIES:
+                    if math.isfinite(values[name]):
+                        self._board.add_scalar(f"{name}/{record.name}", values[name], values["refreshed_at"])
 
     def progress(self, step: int, loss: float, tokens_per_second: float, seconds_left: float) -> None:
         """A step is done."""
@@ -68,15 +73,46 @@ class Log:
 
     def flush(self) -> None:
         """What a checkpoint is about to rely on is on disk."""
-        os.fsync(self._file.fileno())
+        self._metrics.sync()
+        self._diagnostics.sync()
         if self._board is not None:
             self._board.flush()
 
     def close(self) -> None:
         self._bar.close()
-        self._file.close()
+        self._metrics.close()
+        self._diagnostics.close()
         if self._board is not None:
             self._board.close()
+
+
+class _Lines:
+    """A file of JSON lines, without those of later steps than `step`; there once something is written."""
+
+    def __init__(self, path: Path, step: int) -> None:
+        self._path = path
+        self._file: TextIO | None = None
+        if path.exists():
+            kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _step_of(line) <= step]
+            write_atomically(path, lambda file: file.writelines(f"{line}\n".encode() for line in kept))
+
+    def write(self, values: Mapping[str, Any]) -> None:
+        if self._file is None:
+            self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115  closed in close()
+        numbers = {
+            key: None if isinstance(value, float) and not math.isfinite(value) else value
+            for key, value in values.items()
+        }
+        self._file.write(json.dumps(numbers) + "\n")
+        self._file.flush()
+
+    def sync(self) -> None:
+        if self._file is not None:
+            os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
 
 
 def _step_of(line: str) -> float:

@@ -15,7 +15,7 @@ from galore_rrf.memory import estimate
 from pretrain.data.corpus import Corpus
 from pretrain.files import write_atomically
 from pretrain.optimizers import STATE_DTYPES
-from pretrain.results.plots import plot_curves, plot_ranks, plot_spectra
+from pretrain.results.plots import plot_curves, plot_diagnostics, plot_ranks, plot_spectra
 from pretrain.results.read import Run, markdown, megabytes, runs_table
 from pretrain.trainer import Trainer
 
@@ -47,6 +47,9 @@ def report(trainer: Trainer, corpus: Corpus) -> None:
     if run.ranks:
         pictures.append(out / "ranks.png")
         plot_ranks(run, pictures[-1])
+    if (out / "diagnostics.jsonl").exists():
+        pictures.append(out / "diagnostics.png")
+        plot_diagnostics([out], pictures[-1])
 
     state = summary["state"]
     together = {column: sum(row[column] for row in state) for column in ("measured", "formula")}

@@ -22,6 +22,7 @@ from pretrain.checkpoints import Checkpoints
 from pretrain.command_line import to_yaml
 from pretrain.config import Config
 from pretrain.data.corpus import Corpus, load_corpus
+from pretrain.diagnostics import Refreshes
 from pretrain.errors import UserError
 from pretrain.files import locked, sync_folder
 from pretrain.log import Log
@@ -153,6 +154,7 @@ def _train(trainer: Trainer, checkpoints: Checkpoints) -> None:
     config, steps = trainer.config, trainer.config.steps
     log = Log(config, trainer.step)
     known_ranks = ranks(trainer.model, trainer.optimizer)
+    refreshes = Refreshes(trainer.optimizer)
     recent: list[float] = []
     try:
         with _signals() as stop:
@@ -167,7 +169,7 @@ def _train(trainer: Trainer, checkpoints: Checkpoints) -> None:
                 if config.optimizer.tolerance is not None:
                     now = ranks(trainer.model, trainer.optimizer)
                     if now != known_ranks:
-                        log.write(step, ranks=now)
+                        log.write(step, ranks=now, state_bytes=galore_rrf.state_bytes(trainer.optimizer))
                         known_ranks = now
                 recent = [*recent[-19:], metrics["seconds"]]
                 pace = statistics.fmean(recent)
@@ -178,10 +180,14 @@ def _train(trainer: Trainer, checkpoints: Checkpoints) -> None:
                     perplexity = math.exp(loss) if loss < 700 else math.inf
                     log.write(step, held_out_loss=loss, perplexity=perplexity)
                     log.say(f"step {step}: held-out loss {loss:.4f}, perplexity {perplexity:.2f}")
-                if step % config.save_every == 0 or step == steps or stop:
+                saves = step % config.save_every == 0 or step == steps or bool(stop)
+                every = config.diagnostics_every
+                if every is not None and (saves or step % every == 0):  # checkpoints know no diagnostics
+                    log.write_refreshes(step, refreshes.latest())
+                if saves:
                     log.flush()
                     checkpoints.save(step, trainer.state_dict())
-                if stop and step < steps:
+                if saves and stop and step < steps:
                     raise Interrupted(f"stopped after step {step}, with a checkpoint")
     finally:
         log.close()

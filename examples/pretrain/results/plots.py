@@ -1,4 +1,4 @@
-"""PNGs of runs, of their spectra and of their ranks."""
+"""PNGs of runs, of their spectra, of their ranks and of their subspaces."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 
 from pretrain.errors import UserError
 from pretrain.results.curves import curves_figure
+from pretrain.results.diagnostics import diagnostics_figure
 from pretrain.results.read import Run
 from pretrain.results.subspaces import ranks_figure, spectra_figure
 
@@ -33,6 +34,16 @@ def plot_spectra(run_folder: Path, path: Path, kinds: Sequence[str] = ("gradient
 def plot_ranks(run: Run, path: Path) -> None:
     """The rank of every projected matrix over time; UserError where the run has written none."""
     _save(ranks_figure(run), path)
+
+
+def plot_diagnostics(run_folders: Sequence[Path], path: Path) -> None:
+    """Energy kept, angle and rank over training: of one run by kind, and as a map of layers and steps; of several
+    the means, a line a run.
+
+    Raises:
+        UserError: where no run has noted any.
+    """
+    _save(diagnostics_figure(run_folders), path)
 
 
 def _save(figure: Figure, path: Path) -> None:

@@ -43,6 +43,7 @@ class Run:
             step, those of refreshes part of those of the optimizer.
         held_out_steps: the step of each validation; `held_out_loss` and `perplexity` are as long.
         ranks: by parameter, steps and the rank from each on.
+        state_bytes: of the optimizer, where ranks make them change: steps, and the bytes from each on.
         summary: summary.json, None where the run has not ended.
     """
 
@@ -61,6 +62,7 @@ class Run:
     held_out_loss: Array
     perplexity: Array
     ranks: dict[str, tuple[NDArray[np.int64], NDArray[np.int64]]]
+    state_bytes: tuple[NDArray[np.int64], Array]
     summary: dict[str, Any] | None
 
     @classmethod
@@ -80,6 +82,7 @@ class Run:
             held_out_steps=np.array(list(held_out), dtype=np.int64),
             **{name: _column(held_out, name) for name in VALIDATION},
             ranks=_ranks(ranks),
+            state_bytes=(np.array(list(ranks), dtype=np.int64), _column(ranks, "state_bytes")),
             summary=_summary(folder / "summary.json"),
         )
 
@@ -111,11 +114,11 @@ def _metrics(path: Path) -> tuple[Lines, Lines, Lines]:
     training: Lines = {}
     held_out: Lines = {}
     ranks: Lines = {}
-    for where, line in _lines(path):
+    for where, line in json_lines(path):
         step = line.get("step")
         if not isinstance(step, int):
             raise UserError(f"{where} has no step: {line}")
-        for key in (*TRAINING, *VALIDATION):
+        for key in (*TRAINING, *VALIDATION, "state_bytes"):
             if not isinstance(line.get(key), (int, float, type(None))):
                 raise UserError(f"{where}: invalid {key} {line[key]!r}")
         if "ranks" in line and not _are_ranks(line["ranks"]):
@@ -132,7 +135,7 @@ def _are_ranks(value: object) -> bool:
     return isinstance(value, dict) and all(isinstance(rank, int) for rank in value.values())
 
 
-def _lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """The objects of a JSON lines file, and where each stands."""
     try:
         lines = path.read_bytes().rstrip().split(b"\n")
@@ -247,6 +250,14 @@ def runs_table(runs: Sequence[Run]) -> str:
     return markdown(header, rows, left=2)
 
 
+def _range(run: Run) -> str:
+    """From the fewest to the most bytes of state, where they changed."""
+    counts = run.state_bytes[1]
+    if not len(counts) or not counts.min() < counts.max():  # NaN where a run did not log them
+        return ""
+    return f" ({megabytes(counts.min())} to {megabytes(counts.max())})"
+
+
 def _row(run: Run) -> list[str]:
     summary = run.summary or {}
     state = {part["what"]: part["measured"] for part in summary.get("state", [])}
@@ -271,6 +282,6 @@ def _row(run: Run) -> list[str]:
         number("optimizer_seconds", optimizer, ",.1f"),
         f"{optimizer / seconds:.1%}" if seconds > 0 else "-",
         number("refresh_seconds", refresh, ",.1f"),
-        megabytes(sum(state.values())) if state else "-",
+        (megabytes(sum(state.values())) if state else "-") + _range(run),
         megabytes(summary.get("peak_memory_bytes")),
     ]

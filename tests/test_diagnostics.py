@@ -1,0 +1,342 @@
+"""What the optimizer says of its subspaces, against what LAPACK says of their bases in fp64."""
+
+import copy
+import math
+import pickle
+
+import pytest
+import torch
+from matrices import generator
+from training import (
+    KINDS,
+    bias,
+    gradient_like,
+    optimizer,
+    params_of,
+    same,
+    saved_and_loaded,
+    set_gradients,
+    snapshot,
+    train,
+    weight,
+)
+
+from galore_rrf import GaLoreAdamW, state_bytes
+from galore_rrf.diagnostics import squared_cosine
+from galore_rrf.outcomes import Outcomes, Told
+from galore_rrf.two_sided import BASES
+
+pytestmark = pytest.mark.core
+
+MEASURED = ("gradient_norm", "residual_norm", "energy_kept", "squared_cosine", "angle")
+
+
+def bases(state):
+    """Of each side, for each matrix of a stack: orthonormal columns, in fp64."""
+    found = []
+    for name in BASES:
+        if name in state:
+            basis = state[name].detach().cpu().double()
+            matrices = basis if basis.dim() == 3 else basis[None]
+            found.append([torch.linalg.qr(q[:, q.any(0)])[0] for q in matrices])
+    return found
+
+
+def energies(state, grad):
+    """||Q^T G||^2 and ||G||^2, of stacks summed."""
+    g = (grad if grad.dim() <= 3 else grad.flatten(1)).double().cpu()
+    g = g if g.dim() == 3 else g[None]
+    sides = bases(state)
+    if len(sides) == 2:
+        r = [p.mT @ a @ q for p, a, q in zip(sides[0], g, sides[1], strict=True)]
+    else:
+        r = [a @ q if state["side"] == 0 else q.mT @ a for a, q in zip(g, sides[0], strict=True)]
+    return float(sum(x.square().sum() for x in r)), float(g.square().sum())
+
+
+def squared_cosine_by_svd(before, after):
+    """Of the angles whose cosines are the singular values of Q_old^T Q_new."""
+    means = [
+        torch.linalg.svdvals(old.mT @ new).square().mean()
+        for olds, news in zip(before, after, strict=True)
+        for old, new in zip(olds, news, strict=True)
+    ]
+    return float(sum(means) / len(means))
+
+
+def only(opt):
+    (record,) = opt.diagnostics()
+    return record
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_records_are_what_the_bases_say(device, kind):
+    """Guards against energies of another basis or step, angles between the wrong bases, and sides, ranks, counts
+    or bytes that are not the state's."""
+    w, b = weight(kind, device), bias(device)
+    opt = optimizer(kind, w, b)
+    error = 0.02 if w.dtype == torch.bfloat16 else 2e-5
+    before = None
+    for step in range(1, 9):
+        refreshes = opt.state[w]["refreshes"] if step > 1 else 0
+        set_gradients([w, b], step)
+        opt.step()
+        record, state = only(opt), opt.state[w]
+        assert (record.name, record.shape) == ("w", tuple(w.shape))
+        assert record.side == ("right", "left", "both")[state["side"]]
+        assert (record.rank, record.refreshes, record.steps) == (state["rank"], state["refreshes"], step)
+        assert record.since_refresh == step - 1 - state["last_refresh"]
+        assert record.state_bytes == sum(t.nbytes for t in state.values() if isinstance(t, torch.Tensor))
+        if state["refreshes"] > refreshes:
+            kept, energy = energies(state, w.grad)
+            assert record.measured_after == 0
+            assert record.gradient_norm == pytest.approx(math.sqrt(energy), rel=error)
+            assert record.energy_kept == pytest.approx(kept / energy, rel=error)
+            assert record.residual_norm**2 == pytest.approx(energy - kept, abs=2 * error * energy)
+            assert (before is None) == math.isnan(record.angle)
+            if before is not None:
+                expected = squared_cosine_by_svd(before, bases(state))
+                assert record.squared_cosine == pytest.approx(expected, abs=error)
+                assert math.cos(math.radians(record.angle)) ** 2 == pytest.approx(expected, abs=error)
+            before = bases(state)
+    assert record.refreshes > 1 or kind == "published"
+
+
+def test_angles_that_are_known():
+    """Guards against a mean over columns that are none, or divided by the wrong rank."""
+    q, _ = torch.linalg.qr(torch.randn(12, 6, generator=generator(1), dtype=torch.float64))
+    angles = torch.tensor([0.1, 0.5, 1.2], dtype=torch.float64)
+    turned = q[:, :3] * angles.cos() + q[:, 3:] * angles.sin()
+    expected = float(angles.cos().square().mean())
+    assert float(squared_cosine(q[:, :3], turned)) == pytest.approx(expected)
+    mixed = turned @ torch.linalg.qr(torch.randn(3, 3, generator=generator(2), dtype=torch.float64))[0]
+    assert float(squared_cosine(q[:, :3], mixed)) == pytest.approx(expected), "whatever the columns"
+    # A subspace within the other has turned by nothing.
+    assert float(squared_cosine(q[:, :5], q[:, :2])) == pytest.approx(1)
+    wide = torch.cat([turned, torch.zeros(12, 2, dtype=torch.float64)], 1)
+    assert float(squared_cosine(torch.zeros_like(wide) + q[:, :3].new_zeros(12, 5), wide).isnan())
+    assert float(squared_cosine(wide, q[:, :3])) == pytest.approx(expected)
+    stack = torch.stack([wide, torch.zeros_like(wide), wide])
+    old = torch.stack([q[:, :5], q[:, :5], torch.zeros_like(wide)])
+    assert float(squared_cosine(old, stack)) == pytest.approx(float(squared_cosine(q[:, :5], wide)))
+
+
+def test_what_is_not_measured_is_no_number():
+    """Guards against numbers that are made up: before a basis, at its first refresh, after loading, of a gradient
+    of zero or NaN."""
+    w, b = weight("default"), bias()
+    opt = optimizer("default", w, b)
+    assert opt.diagnostics() == []
+    w.grad = torch.zeros_like(w)
+    opt.step()
+    record = only(opt)
+    assert (record.steps, record.refreshes, record.since_refresh, record.measured_after) == (0, 0, None, None)
+    assert all(math.isnan(getattr(record, name)) for name in MEASURED)
+    train(opt, [w, b], [1])
+    record = only(opt)
+    assert record.energy_kept > 0
+    assert math.isnan(record.angle)
+    w.grad = torch.full_like(w, math.nan)
+    opt.step()
+    assert only(opt) == record if not math.isnan(record.angle) else str(only(opt)) == str(record)
+    train(opt, [w, b], range(2, 6))
+    assert only(opt).angle > 0
+    twin = optimizer("default", copy.deepcopy(w), bias())
+    twin.load_state_dict(saved_and_loaded(opt.state_dict()))
+    for other in (twin, copy.deepcopy(opt), pickle.loads(pickle.dumps(opt))):
+        record = only(other)
+        assert (record.refreshes, record.since_refresh, record.refresh_seconds) == (2, 0, 0.0)
+        assert all(math.isnan(getattr(record, name)) for name in MEASURED)
+
+
+def test_between_refreshes():
+    """Guards against numbers that move with steps that measure nothing."""
+    w, b = weight("default"), bias()
+    opt = optimizer("default", w, b)  # every 4 steps
+    train(opt, [w, b], range(1, 6))
+    first = only(opt)
+    train(opt, [w, b], range(6, 8))
+    later = only(opt)
+    assert (first.since_refresh, later.since_refresh) == (0, 2)
+    assert [getattr(later, name) for name in MEASURED] == [getattr(first, name) for name in MEASURED]
+    assert later.measured_after == 0
+
+
+@pytest.mark.parametrize("keys", [{}, {"tolerance": 0.3}, {"projector": "svd"}])
+def test_seconds_add_up(keys):
+    """Guards against time that no parameter has, or two."""
+    shapes = [(24, 16), (64, 96), (16, 40)]
+    named = [(f"w{i}", torch.nn.Parameter(torch.randn(s))) for i, s in enumerate(shapes)]
+    opt = GaLoreAdamW([{"params": named, "rank": 6, "update_proj_gap": 2, **keys}])
+    train(opt, [p for _, p in named], range(6))
+    records = opt.diagnostics()
+    assert [r.name for r in records] == ["w0", "w1", "w2"]
+    assert all(r.refresh_seconds > 0 for r in records)
+    assert sum(r.refresh_seconds for r in records) == pytest.approx(opt.refresh_seconds)
+    assert sum(r.state_bytes for r in records) == state_bytes(opt)
+
+
+def test_names():
+    """Guards against records that cannot be told apart."""
+    groups = [
+        {"params": [torch.nn.Parameter(torch.randn(8, 6)) for _ in range(2)], "rank": rank} for rank in (2, 3)
+    ]
+    opt = GaLoreAdamW(groups)
+    train(opt, params_of(opt), [1])
+    names = [r.name for r in opt.diagnostics()]
+    assert names == [f"group {i}, parameter {j}" for i in range(2) for j in range(2)]
+
+
+def test_a_record_for_people_and_files():
+    """Guards against a record that cannot be printed or written."""
+    w, b = weight("default"), bias()
+    opt = optimizer("default", w, b)
+    train(opt, [w, b], range(1, 7))
+    record = only(opt)
+    fields = record.as_dict()
+    assert fields["energy_kept"] == record.energy_kept
+    assert set(MEASURED) < set(fields)
+    assert str(record) == (
+        f"w 24x16: rank 6 (right), energy kept {record.energy_kept:.3f}, turned by {record.angle:.1f} degrees, "
+        "2 refreshes, the last 1 steps ago"
+    )
+
+
+class Heard:
+    """A hook that keeps what it is told."""
+
+    def __init__(self):
+        self.calls = []
+
+    def __call__(self, opt, records):
+        self.calls.append((opt, records))
+
+    @property
+    def names(self):
+        return [[r.name for r in records] for _, records in self.calls]
+
+
+def two_gaps():
+    """A parameter refreshed every 2 steps, another every 3."""
+    named = [(name, torch.nn.Parameter(torch.randn(12, 8))) for name in "ab"]
+    groups = [
+        {"params": [pair], "rank": 3, "update_proj_gap": gap} for pair, gap in zip(named, (2, 3), strict=True)
+    ]
+    return GaLoreAdamW(groups)
+
+
+def test_hooks_hear_of_refreshes():
+    """Guards against a hook that is called at other steps, for other parameters, or before the state is new."""
+    opt, heard, other = two_gaps(), Heard(), Heard()
+    handle = opt.register_refresh_hook(heard)
+    opt.register_refresh_hook(other)
+    for step in range(1, 8):
+        before = len(heard.calls)
+        train(opt, params_of(opt), [step])
+        if len(heard.calls) > before:
+            told, records = heard.calls[-1]
+            assert told is opt
+            now = {r.name: r for r in opt.diagnostics()}
+            assert all(str(r) == str(now[r.name]) and r.since_refresh == 0 for r in records)
+        if step == 4:
+            handle.remove()
+    expected = [["a", "b"], ["a"], ["b"], ["a"], ["a", "b"]]  # at steps 1, 3, 4, 5, 7
+    assert heard.names == expected[:3]
+    assert other.names == expected
+
+
+def test_a_hook_that_raises():
+    """Guards against a step that is half taken, or told twice, because of a hook."""
+    torch.manual_seed(0)
+    opt = two_gaps()
+    twin, heard = copy.deepcopy(opt), Heard()
+
+    def fails(*_):
+        raise ZeroDivisionError("of the hook's own")
+
+    handle = opt.register_refresh_hook(fails)
+    set_gradients(params_of(opt), 1)
+    with pytest.raises(ZeroDivisionError, match="of the hook's own"):
+        opt.step()
+    handle.remove()
+    opt.register_refresh_hook(heard)
+    train(opt, params_of(opt), range(2, 5))
+    train(twin, params_of(twin), range(1, 5))
+    assert same(snapshot(opt), snapshot(twin))
+    assert heard.names == [["a"], ["b"]]
+
+
+def test_hooks_stay_with_their_optimizer():
+    """Guards against hooks that are lost by loading, or pickled and copied along, as torch's own are not."""
+    opt, heard = two_gaps(), Heard()
+    opt.register_refresh_hook(heard)
+    for other in (copy.deepcopy(opt), pickle.loads(pickle.dumps(opt))):
+        train(other, params_of(other), [1])
+        other.register_refresh_hook(Heard())
+    assert heard.calls == []
+    train(opt, params_of(opt), [1])
+    opt.load_state_dict(opt.state_dict())
+    train(opt, params_of(opt), [2, 3])
+    assert heard.names == [["a", "b"], ["a"]]
+
+
+class Late(Outcomes):
+    """Tells of a step when it is settled, as of one on a GPU."""
+
+    def __init__(self):
+        super().__init__()
+        self.late = []
+
+    def add(self, outcomes, states, measures=None, listener=None):
+        def keep(told: list[Told]):
+            self.late.append((listener, told))
+
+        super().add(outcomes, states, measures, keep)
+
+    def settle(self):
+        super().settle()
+        late, self.late = self.late, []
+        for listener, told in late:
+            listener(told)
+
+
+def test_a_step_that_is_known_later(device):
+    """Guards against refreshes that are lost, told twice or with another's numbers where the device decides."""
+    torch.manual_seed(0)
+    opt, straight = two_gaps(), Heard()
+    late, heard = copy.deepcopy(opt), Heard()
+    opt.register_refresh_hook(straight)
+    late._outcomes = Late()
+    late.register_refresh_hook(heard)
+    for step in range(1, 8):
+        train(opt, params_of(opt), [step])
+        known = len(heard.calls)
+        set_gradients(params_of(late), step)
+        late.step()
+        assert len(heard.calls) == known + (step in (2, 4, 5, 6)), "at the beginning of the next step"
+        if step == 3:
+            late.state_dict()  # settles, and tells no hook
+    assert heard.names == straight.names[:-1]
+    for (_, found), (_, expected) in zip(heard.calls, straight.calls, strict=False):
+        assert [[getattr(r, name) for name in MEASURED[:3]] for r in found] == [
+            [getattr(r, name) for name in MEASURED[:3]] for r in expected
+        ]
+    assert [r.refreshes for r in late.diagnostics()] == [r.refreshes for r in opt.diagnostics()]
+    assert [r.energy_kept for r in late.diagnostics()] == [r.energy_kept for r in opt.diagnostics()]
+
+
+def test_gradients_are_only_looked_at(device):
+    """Guards against steps that depend on who is watching."""
+    w, b = weight("tolerance", device), bias(device)
+    opt = optimizer("tolerance", w, b)
+    watched_w, watched_b = copy.deepcopy(w), copy.deepcopy(b)
+    watched = optimizer("tolerance", watched_w, watched_b)
+    watched.register_refresh_hook(Heard())
+    for step in range(1, 8):
+        for p, q in ((w, watched_w), (b, watched_b)):
+            p.grad = gradient_like(p, step)
+            q.grad = p.grad.clone()
+        opt.step()
+        watched.step()
+        watched.diagnostics()
+    assert same(snapshot(opt), snapshot(watched))
