@@ -24,7 +24,7 @@ from training import (
 from galore_rrf import GaLoreAdamW, state_bytes
 from galore_rrf.diagnostics import squared_cosine
 from galore_rrf.outcomes import Outcomes, Told
-from galore_rrf.two_sided import BASES
+from galore_rrf.subspace import BOTH, RIGHT, TUCKER
 
 pytestmark = pytest.mark.core
 
@@ -32,34 +32,44 @@ MEASURED = ("gradient_norm", "residual_norm", "energy_kept", "squared_cosine", "
 
 
 def bases(state):
-    """Of each side, for each matrix of a stack: orthonormal columns, in fp64."""
-    found = []
-    for name in BASES:
-        if name in state:
-            basis = state[name].detach().cpu().double()
-            matrices = basis if basis.dim() == 3 else basis[None]
-            found.append([torch.linalg.qr(q[:, q.any(0)])[0] for q in matrices])
+    """By their names: for each matrix of a stack, orthonormal columns in fp64."""
+    found = {}
+    for name, basis in state.items():
+        if name.startswith("basis"):
+            q = basis.detach().cpu().double()
+            found[name] = [
+                torch.linalg.qr(x[:, x.any(0)])[0] for x in (q if q.dim() == 3 else q[None]).unbind()
+            ]
     return found
 
 
 def energies(state, grad):
-    """||Q^T G||^2 and ||G||^2, of stacks summed."""
-    g = (grad if grad.dim() <= 3 else grad.flatten(1)).double().cpu()
-    g = g if g.dim() == 3 else g[None]
-    sides = bases(state)
-    if len(sides) == 2:
-        r = [p.mT @ a @ q for p, a, q in zip(sides[0], g, sides[1], strict=True)]
-    else:
-        r = [a @ q if state["side"] == 0 else q.mT @ a for a, q in zip(g, sides[0], strict=True)]
-    return float(sum(x.square().sum() for x in r)), float(g.square().sum())
+    """||R||^2 and ||G||^2, of stacks summed."""
+    g, found = grad.double().cpu(), bases(state)
+    if state["side"] == TUCKER:
+        r = g
+        for name, (q,) in found.items():
+            mode = int(name.removeprefix("basis_"))
+            r = torch.tensordot(r, q, dims=([mode], [0])).movedim(-1, mode)
+        return float(r.square().sum()), float(g.square().sum())
+    kept = 0.0
+    for i, a in enumerate(g if g.dim() == 3 else g.flatten(1)[None]):
+        if state["side"] == BOTH:
+            r = found["basis"][i].mT @ a @ found["basis_right"][i]
+        elif state["side"] == RIGHT:
+            r = a @ found["basis"][i]
+        else:
+            r = found["basis"][i].mT @ a
+        kept += float(r.square().sum())
+    return kept, float(g.square().sum())
 
 
 def squared_cosine_by_svd(before, after):
     """Of the angles whose cosines are the singular values of Q_old^T Q_new."""
     means = [
         torch.linalg.svdvals(old.mT @ new).square().mean()
-        for olds, news in zip(before, after, strict=True)
-        for old, new in zip(olds, news, strict=True)
+        for name, olds in before.items()
+        for old, new in zip(olds, after[name], strict=True)
     ]
     return float(sum(means) / len(means))
 
@@ -83,7 +93,7 @@ def test_records_are_what_the_bases_say(device, kind):
         opt.step()
         record, state = only(opt), opt.state[w]
         assert (record.name, record.shape) == ("w", tuple(w.shape))
-        assert record.side == ("right", "left", "both")[state["side"]]
+        assert record.side == ("right", "left", "both", "tucker")[state["side"]]
         assert (record.rank, record.refreshes, record.steps) == (state["rank"], state["refreshes"], step)
         assert record.since_refresh == step - 1 - state["last_refresh"]
         assert record.state_bytes == sum(t.nbytes for t in state.values() if isinstance(t, torch.Tensor))
@@ -162,7 +172,7 @@ def test_between_refreshes():
     assert later.measured_after == 0
 
 
-@pytest.mark.parametrize("keys", [{}, {"tolerance": 0.3}, {"projector": "svd"}])
+@pytest.mark.parametrize("keys", [{}, {"tolerance": 0.3}, {"projector": "svd"}, {"proj_type": "full"}])
 def test_seconds_add_up(keys):
     """Guards against time that no parameter has, or two."""
     shapes = [(24, 16), (64, 96), (16, 40)]
