@@ -123,21 +123,31 @@ def _refreshed(
     if options.moments == "rotate" or rank != state["rank"]:
         taken = float(state["step"])
         corrections = 1 - betas[0] ** taken, 1 - betas[1] ** taken
-        old = bases_of(state)
-        for name in old | bases:
-            mode, shape = _mode(name, grad.dim()), mean.shape
-            before, after = (
-                # Another rank may project other modes.
-                each[name].to(grad.dtype) if name in each else torch.eye(grad.shape[mode]).to(grad)
-                for each in (old, bases)
+        mean, square = rotated(mean, square, bases_of(state), bases, corrections)
+    return bases, core, mean, square
+
+
+def rotated(
+    mean: Tensor,
+    square: Tensor,
+    old: Mapping[str, Tensor],
+    new: Mapping[str, Tensor],
+    corrections: tuple[float, float],
+) -> tuple[Tensor, Tensor]:
+    """Both moments in new bases, mode by mode; one without a basis is whole, before or after."""
+    for name, basis in {**old, **new}.items():
+        mode, shape = _mode(name, mean.dim()), mean.shape
+        whole: dict[str, Tensor] = {}
+        if name not in old or name not in new:
+            whole[name] = torch.eye(basis.shape[-2]).expand(*basis.shape[:-1], -1)
+        before, after = ({**whole, **bases}[name].to(mean) for bases in (old, new))
+        mean, square = (
+            _folded(moment, shape, mode)
+            for moment in ops.rotate_moments(
+                _unfolded(mean, mode), _unfolded(square, mode), before, after, LEFT, *corrections
             )
-            mean, square = (
-                _folded(moment, shape, mode)
-                for moment in ops.rotate_moments(
-                    _unfolded(mean, mode), _unfolded(square, mode), before, after, LEFT, *corrections
-                )
-            )
-    return bases, core, mean.contiguous(), square.contiguous()
+        )
+    return mean.contiguous(), square.contiguous()
 
 
 def _keep_bases(state: dict[str, Any], bases: dict[str, Tensor]) -> None:
@@ -213,10 +223,16 @@ def measures(
 ) -> tuple[float, float, float]:
     """Of a refresh, what `ops.projected_adamw_` measures; the angles are the mean over modes with a basis `before`."""
     core = project(state, grad.to(compute_dtype(grad)))
-    energy, kept = (float(torch.linalg.vector_norm(x, dtype=torch.float64).square()) for x in (grad, core))
+    energy, kept = _squared_norm(grad), _squared_norm(core)
     now = bases_of(state)
     cosines = [float(squared_cosine(before[name], now[name])) for name in now if name in before]
     return energy, kept, sum(cosines) / len(cosines) if cosines else math.nan
+
+
+def _squared_norm(tensor: Tensor) -> float:
+    """In fp64, a part of the tensor after the other cast to that."""
+    norms = [torch.linalg.vector_norm(part, dtype=torch.float64) for part in tensor.chunk(16)]
+    return float(torch.stack(norms).square().sum())
 
 
 def back_projected(state: Mapping[str, Any], core: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from matrices import UNIT_ROUNDOFF, assert_orthonormal, generator
 from training import check_state, gradient, same, saved_and_loaded, set_gradients, settled, train
 
 from galore_rrf import GaLoreAdamW, moments, tucker
+from galore_rrf.checkpoint import from_torch_adamw
 from galore_rrf.subspace import bases_of
 
 BASES = ("basis", "basis_right")
@@ -297,6 +298,11 @@ def test_bases_keep_nearly_what_the_hosvd_keeps(device, shape, rank, keys, facto
     assert kept(g, found) <= factor * max(kept(g, best), 1e-12)
     if "projector" in keys:  # sequentially truncated: the same bound (Vannieuwenhoven et al. 2012)
         assert kept(g, found) <= math.sqrt(sum(tails)) / float(g.norm())
+        left = g
+        for mode, basis in found.items():
+            u = torch.linalg.svd(unfolded(left, mode))[0][:, :rank]
+            torch.testing.assert_close(basis @ basis.mT, u @ u.mT, rtol=0, atol=1e-9)
+            left = times(left, mode, u.mT)
 
 
 @pytest.mark.parametrize("sketch", ["warm", "plain", "half_power", "power"])
@@ -381,6 +387,32 @@ def test_rank_may_change_with_its_modes(device, ranks):
     torch.testing.assert_close(opt.state[w]["exp_avg"], expected, rtol=0, atol=1e-9)
     opt.load_state_dict(saved_and_loaded(opt.state_dict()))
     train(opt, [w], range(3, 6))
+    assert w.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("shape", "proj_type"), [(CONV, "tucker"), ((24, 16), "full"), ((3, 12, 16), "full")]
+)
+def test_moments_of_adamw_move_into_the_bases_of_the_first(device, shape, proj_type):
+    """Guards against the import of another subspace, or of moments that are not those in it."""
+    w, opt = make(device, shape, proj_type=proj_type)
+    adamw = torch.optim.AdamW([w], lr=LR, betas=BETAS, weight_decay=DECAY)
+    train(adamw, [w], range(5))
+    opt.load_state_dict(from_torch_adamw(opt, saved_and_loaded(adamw.state_dict()), [w]))
+    state = opt.state[w]
+    check_state(w, state, RANK)
+    assert (float(state["step"]), state["refreshes"], state["last_refresh"]) == (5, 1, 5)
+    m, v = (adamw.state[w][name].double() for name in moments.NAMES)
+    modes = bases_by_mode(state) if proj_type == "tucker" else {-2: state["basis"], -1: state["basis_right"]}
+    c1, c2 = 1 - BETAS[0] ** 5, 1 - BETAS[1] ** 5
+    m, v = m / c1, v / c2
+    for mode, basis in modes.items():
+        along = [x.movedim(mode, -1) for x in (m, v - m.square())]
+        m, variance = ((x @ q).movedim(-1, mode) for x, q in zip(along, (basis, basis.square()), strict=True))
+        v = (variance + m.square()).abs()
+    torch.testing.assert_close(state["exp_avg"], c1 * m, rtol=0, atol=1e-9)
+    torch.testing.assert_close(state["exp_avg_sq"], c2 * v, rtol=0, atol=1e-9)
+    train(opt, [w], range(5, 8))
     assert w.isfinite().all()
 
 

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from galore_rrf import moments, ops
+from galore_rrf import moments, ops, tucker
 from galore_rrf.checkpoint.match import Match, imported
 from galore_rrf.checkpoint.schema import check_plain_state, flattened
 from galore_rrf.range_finder import Status
-from galore_rrf.subspace import BOTH, RIGHT, as_matrices, compute_dtype, rank_of, side_of
+from galore_rrf.subspace import LEFT, RIGHT, compute_dtype, projected_form, rank_of, side_of
 
 if TYPE_CHECKING:
     from galore_rrf.optimizer import GaLoreAdamW
@@ -69,16 +69,27 @@ def projected_state(match: Match) -> dict[str, Any] | None:
     assert rank is not None
     dtype = compute_dtype(p)
     flat = flattened(match.saved)
+    side = side_of(p, options.proj_type)
     exp_avg, exp_avg_sq = (
-        as_matrices(moments.values(flat, name).detach().view(p.shape)).to(p.device, dtype)
+        projected_form(moments.values(flat, name).detach().view(p.shape), side).to(p.device, dtype)
         for name in moments.NAMES
     )
     steps = float(match.saved["step"])
-    side = side_of(exp_avg, options.proj_type)
-    if side == BOTH:
-        raise ValueError(
-            f"proj_type of {match.name} is 'full' (only projections of one side take state from AdamW)"
-        )
+    beta1, beta2 = map(float, match.saved_group["betas"])
+    corrections = 1 - beta1**steps, 1 - beta2**steps
+    clock = {"rank": rank, "side": side, "key": match.key, "refreshes": 1, "last_refresh": int(steps)}
+    if side not in (RIGHT, LEFT):
+        several = tucker.find({**clock, "refreshes": 0}, exp_avg, rank, options)
+        if steps == 0 or several is None or not bool(exp_avg_sq.isfinite().all()):
+            return None
+        bases = {name: basis.to(p.dtype) for name, basis in several[0].items()}
+        rotated = tucker.rotated(exp_avg, exp_avg_sq, {}, bases, corrections)
+        return {
+            "step": torch.tensor(steps),
+            **dict(zip(moments.NAMES, rotated, strict=True)),
+            **bases,
+            **clock,
+        }
     oriented = exp_avg.mT if side == RIGHT else exp_avg
     basis, _, _, status = ops.range_finder(
         oriented,
@@ -95,17 +106,10 @@ def projected_state(match: Match) -> dict[str, Any] | None:
     basis = basis.to(p.dtype)
     length = oriented.shape[-2]
     identity = torch.eye(length, dtype=dtype, device=p.device).expand(*oriented.shape[:-1], length)
-    beta1, beta2 = map(float, match.saved_group["betas"])
-    rotated = ops.rotate_moments(
-        exp_avg, exp_avg_sq, identity, basis, side, 1 - beta1**steps, 1 - beta2**steps
-    )
+    rotated = ops.rotate_moments(exp_avg, exp_avg_sq, identity, basis, side, *corrections)
     found = dict(zip((*moments.NAMES, "basis"), (*rotated, basis), strict=True))
     return {
         "step": torch.tensor(steps),
         **{name: value.where(known[..., None, None], 0) for name, value in found.items()},
-        "rank": rank,
-        "side": side,
-        "key": match.key,
-        "refreshes": 1,
-        "last_refresh": int(steps),
+        **clock,
     }
