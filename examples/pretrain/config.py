@@ -33,6 +33,12 @@ Fraction = Annotated[float, Field(ge=0, lt=1)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
+OURS = ("galore", "galore_svd")
+"""Optimizers that are this package's."""
+PROJECTING = (*OURS, "galore_torch", "apollo", "apollo_mini")
+"""Those that project gradients to a rank."""
+
+
 class ModelConfig(BaseModel):
     """Fields of transformers.LlamaConfig, by its own names; in YAML, those not listed here too."""
 
@@ -71,9 +77,22 @@ class OptimizerConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
-    name: Literal["adamw", "galore", "galore_svd", "lora"] = "galore"
+    name: Literal[
+        "adamw",
+        "galore",
+        "galore_svd",
+        "galore_torch",
+        "apollo",
+        "apollo_mini",
+        "lora",
+        "muon",
+        "lion",
+        "sign",
+    ] = "galore"
     """adamw: torch's; galore: GaLoreAdamW on the range finder; galore_svd: its exact SVD, on the published
-    schedule; lora: adapters (peft) beside frozen attention and MLP matrices"""
+    schedule; galore_torch: that package; apollo, apollo_mini: apollo-torch, scaled by channel or by matrix; lora:
+    adapters (peft) beside frozen attention and MLP matrices; muon (torch's), lion, sign: rules for the matrices,
+    AdamW for all else"""
     lr: PositiveFloat = 0.01
     """peak learning rate of the matrices inside attention and MLP (lora: of the adapters)"""
     plain_lr: PositiveFloat | None = None
@@ -87,38 +106,69 @@ class OptimizerConfig(BaseModel):
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     """decoupled weight decay"""
     rank: PositiveInt = 128
-    """galore, galore_svd: columns of the basis, or with tolerance their cap; lora: width of the adapters"""
+    """columns of the basis, or with tolerance their cap; lora: width of the adapters"""
     tolerance: Annotated[float, Field(gt=0, lt=1)] | None = None
     """galore: at each refresh the smallest rank with this relative residual"""
-    preset: Literal["default", "published"] | None = None
+    min_rank: PositiveInt | None = None
+    """galore: with tolerance the least rank"""
+    preset: Literal["default", "best", "published"] | None = None
     """galore: the defaults of all keys below (galore_svd: always published)"""
     update_proj_gap: PositiveInt | None = None
-    """galore, galore_svd: steps between refreshes of the subspace"""
+    """steps between refreshes of the subspace"""
+    schedule: Literal["fixed", "staggered", "adaptive"] | None = None
+    """galore, galore_svd: whether all subspaces are refreshed in the same step, and always after as many steps"""
+    refresh_at: Literal["start", "end"] | None = None
+    """galore, galore_svd: whether a new basis serves in its own step or from the next one on"""
+    basis_from: Literal["gradient", "average", "momentum"] | None = None
+    """galore, galore_svd: what the basis is found in"""
     scale: float | None = None
-    """galore, galore_svd: factor on the projected update"""
+    """factor on the projected update"""
     sketch: Literal["warm", "plain", "half_power", "power"] | None = None
     """galore: how the range finder samples the gradient"""
-    moments: Literal["rotate", "keep"] | None = None
+    moments: Literal["rotate", "keep", "reset"] | None = None
     """galore, galore_svd: what becomes of the moments at a refresh"""
+    residual: Literal["drop", "scaled", "sign", "feedback"] | None = None
+    """galore, galore_svd: what is done with the gradient's part outside the subspace"""
+    residual_scale: float | None = None
+    """galore, galore_svd: factor on its step"""
     proj_type: Literal["std", "reverse_std", "left", "right"] | None = None
-    """galore, galore_svd: the side that is projected"""
+    """the side that is projected"""
     state_dtype: Literal["fp32", "bf16", "8bit"] | None = None
     """galore, galore_svd: how all moments are kept; by default fp32, those of plain parameters in their dtype"""
     lora_alpha: PositiveFloat = 32.0
     """lora: the adapters' product is multiplied by lora_alpha / rank"""
 
-    _USED_BY: ClassVar[dict[str, tuple[str, ...]]] = {
-        "rank": ("galore", "galore_svd", "lora"),
+    _GROUP_KEYS: ClassVar[dict[str, tuple[str, ...]]] = {
         "tolerance": ("galore",),
+        "min_rank": ("galore",),
         "preset": ("galore",),
-        "update_proj_gap": ("galore", "galore_svd"),
-        "scale": ("galore", "galore_svd"),
+        "update_proj_gap": PROJECTING,
+        "schedule": OURS,
+        "refresh_at": OURS,
+        "basis_from": OURS,
+        "scale": PROJECTING,
         "sketch": ("galore",),
-        "moments": ("galore", "galore_svd"),
-        "proj_type": ("galore", "galore_svd"),
-        "state_dtype": ("galore", "galore_svd"),
-        "lora_alpha": ("lora",),
+        "moments": OURS,
+        "residual": OURS,
+        "residual_scale": OURS,
+        "proj_type": PROJECTING,
     }
+    """Fields that are passed on to the group of the matrices by their names, unless None: to which optimizers."""
+    _USED_BY: ClassVar[dict[str, tuple[str, ...]]] = {
+        "rank": (*PROJECTING, "lora"),
+        "state_dtype": OURS,
+        "lora_alpha": ("lora",),
+        **_GROUP_KEYS,
+    }
+
+    def group_keys(self) -> dict[str, object]:
+        """What the group of the matrices is given beside its rank."""
+        given = {key: getattr(self, key) for key, names in self._GROUP_KEYS.items() if self.name in names}
+        return {key: value for key, value in given.items() if value is not None}
+
+    @classmethod
+    def has_rank(cls, name: str) -> bool:
+        return name in cls._USED_BY["rank"]
 
     def without_effect(self) -> list[str]:
         """Fields other than by default that this optimizer has no use for."""

@@ -10,22 +10,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
-from galore_rrf.memory import estimate
+from galore_rrf.memory import MemoryEstimate, estimate
+from pretrain.config import OURS
 from pretrain.data.corpus import Corpus
 from pretrain.files import write_atomically
-from pretrain.optimizers import STATE_DTYPES
+from pretrain.optimizers import STATE_DTYPES, projected, tensors
 from pretrain.results.plots import plot_curves, plot_diagnostics, plot_ranks, plot_spectra
 from pretrain.results.read import Run, markdown, megabytes, runs_table
 from pretrain.trainer import Trainer
 
-# Names for people, keys of the optimizer's state, and fields of galore_rrf.memory.MemoryEstimate.
+# Names for people, keys of the optimizers' states, and fields of galore_rrf.memory.MemoryEstimate.
 _STATE = (
-    ("momentum", ("exp_avg", "exp_avg_scale"), "momentum"),
+    ("momentum", ("exp_avg", "exp_avg_scale", "momentum_buffer"), "momentum"),
     ("variance", ("exp_avg_sq", "exp_avg_sq_scale"), "variance"),
-    ("bases", ("basis",), "bases"),
+    ("bases", ("basis", "basis_right", "projector"), "bases"),
     ("step counts", ("step",), "steps"),
 )
+_OTHER = "other buffers"
 
 
 def report(trainer: Trainer, corpus: Corpus) -> None:
@@ -52,14 +55,14 @@ def report(trainer: Trainer, corpus: Corpus) -> None:
         plot_diagnostics([out], pictures[-1])
 
     state = summary["state"]
-    together = {column: sum(row[column] for row in state) for column in ("measured", "formula")}
+    columns = ("measured", "matrices", "formula")
+    together = {key: None if None in (all_ := [r[key] for r in state]) else sum(all_) for key in columns}
     rows = [
-        (row["what"], megabytes(row["measured"]), megabytes(row["formula"]))
+        (row["what"], *(megabytes(row[key]) for key in columns))
         for row in [*state, {"what": "together", **together}]
     ]
-    print(
-        f"\nOptimizer state\n\n{markdown(('', 'measured', 'by the formula'), rows)}\n\n{runs_table([run])}\n"
-    )
+    header = ("", "measured", "for the matrices", "by the formula")
+    print(f"\nOptimizer state\n\n{markdown(header, rows)}\n\n{runs_table([run])}\n")
     print(
         f"Results in {out}: {', '.join(p.name for p in pictures)}; numbers in metrics.jsonl and summary.json"
     )
@@ -78,6 +81,7 @@ def summarise(trainer: Trainer, corpus: Corpus, run: Run) -> dict[str, Any]:
         "refresh_seconds": float(run.refresh_seconds.sum()),
         "peak_memory_bytes": _peak_memory(config.device),
         "state": state_table(trainer),
+        "adamw_moments": adamw_moments(trainer.model),
         "held_out_loss": float(run.held_out_loss[-1]),
         "perplexity": float(run.perplexity[-1]),
         "text": {key: corpus.description[key] for key in ("source", "sha256")},
@@ -86,26 +90,43 @@ def summarise(trainer: Trainer, corpus: Corpus, run: Run) -> dict[str, Any]:
 
 
 def state_table(trainer: Trainer) -> list[dict[str, Any]]:
-    """Bytes of the optimizer's state, measured and by the formula (of the rank cap, where a tolerance is set)."""
+    """Bytes of the optimizer's state: measured, those for the matrices, and all by the formula (of the rank cap,
+    where a tolerance is set; None where there is no formula)."""
+    formula = _formula(trainer)
+    matrices = projected(trainer.model)
+    kinds = {key: what for what, keys, _ in _STATE for key in keys}
+    rows = {
+        what: {"what": what, "measured": 0, "matrices": 0, "formula": getattr(formula, field, None)}
+        for what, _, field in _STATE
+    }
+    for p, state in trainer.optimizer.state.items():
+        for key, value in state.items():
+            what = kinds.get(key, _OTHER)
+            row = rows.setdefault(what, {"what": what, "measured": 0, "matrices": 0, "formula": None})
+            size = sum(t.nbytes for t in tensors(value))
+            row["measured"] += size
+            row["matrices"] += size if p in matrices else 0
+    return [row for row in rows.values() if row["measured"] or row["what"] != _OTHER]
+
+
+def _formula(trainer: Trainer) -> MemoryEstimate | None:
     o = trainer.config.optimizer
-    if o.name.startswith("galore"):
-        formula = estimate(
-            trainer.model,
-            "galore",
-            rank=o.rank,
-            proj_type=o.proj_type or "std",
-            state_dtype=STATE_DTYPES[o.state_dtype],
-        )
-    else:
-        formula = estimate(trainer.model)  # adapters are parameters of the model
-    rows = []
-    for what, keys, field in _STATE:
-        states = trainer.optimizer.state.values()
-        tensors = (state[key] for state in states for key in keys if key in state)
-        rows.append(
-            {"what": what, "measured": sum(t.nbytes for t in tensors), "formula": getattr(formula, field)}
-        )
-    return rows
+    if o.name in ("adamw", "lora"):
+        return estimate(trainer.model)  # adapters are parameters of the model
+    if o.name not in OURS:
+        return None
+    dtype = STATE_DTYPES[o.state_dtype]
+    return estimate(trainer.model, "galore", rank=o.rank, proj_type=o.proj_type or "std", state_dtype=dtype)
+
+
+def adamw_moments(model: nn.Module) -> dict[str, int]:
+    """Bytes of the moments that AdamW would have, were no adapters there: of the matrices, of all parameters."""
+    own = {name: p for name, p in model.named_parameters() if "lora_" not in name}
+    matrices = projected(model)
+    return {
+        "matrices": 2 * sum(p.nbytes for p in own.values() if p in matrices),
+        "all": 2 * sum(p.nbytes for p in own.values()),
+    }
 
 
 def reset_peak_memory(device: str) -> None:

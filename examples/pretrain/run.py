@@ -20,7 +20,7 @@ import torch
 import galore_rrf
 from pretrain.checkpoints import Checkpoints
 from pretrain.command_line import to_yaml
-from pretrain.config import Config
+from pretrain.config import OURS, Config
 from pretrain.data.corpus import Corpus, load_corpus
 from pretrain.diagnostics import Refreshes
 from pretrain.errors import UserError
@@ -96,9 +96,9 @@ def completed(config: Config) -> Config:
             print("training on the CPU: there is a GPU, but this galore_rrf was built without CUDA")
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("Invalid device: 'cuda' (torch sees no GPU here)")
-    if device == "cuda" and not has_gpu() and config.optimizer.name.startswith("galore"):
+    if device == "cuda" and not has_gpu() and config.optimizer.name in OURS:
         raise UserError(
-            "Invalid device: 'cuda' (this galore_rrf was built without CUDA; adamw and lora could use it)"
+            "Invalid device: 'cuda' (this galore_rrf was built without CUDA; other optimizers, as adamw, could use it)"
         )
     return config.model_copy(update={"device": device, "threads": config.threads or torch.get_num_threads()})
 

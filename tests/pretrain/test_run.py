@@ -25,7 +25,7 @@ from pretrain.results.read import Run
 from pretrain.results.spectra import read_spectra
 from pretrain.run import Interrupted, run
 from pretrain.trainer import Trainer
-from test_trainer import OPTIMIZERS
+from test_trainer import OPTIMIZERS, OTHERS, skip_without_apollo
 from tiny import assert_same, final_state, text_file, tiny
 
 from galore_rrf import state_bytes
@@ -110,6 +110,30 @@ def test_measured_state_is_the_formula(folder, optimizer, request):
     assert sum(row["measured"] for row in state) == state_bytes(trainers[0].optimizer)
 
 
+# Bytes of fp32 for an m x n matrix: of moments and bases, by its shorter and longer side.
+MATRIX_STATE = {
+    "adamw": lambda short, long: 8 * short * long + 4,
+    "galore": lambda short, long: 4 * (2 * 4 * long + 4 * short) + 4,
+    "galore_torch": lambda short, long: 4 * (2 * 4 * long + 4 * short),  # its step counts are ints
+    "muon": lambda short, long: 4 * short * long,
+    "lion": lambda short, long: 4 * short * long,
+    "sign": lambda short, long: 0,
+}
+
+
+@pytest.mark.parametrize("name", MATRIX_STATE)
+def test_state_of_the_matrices(folder, name):
+    """Guards against a comparison of memory that misses a peer's state or counts that of other parameters."""
+    config = tiny(folder, f"state of {name}", optimizer=(OPTIMIZERS | OTHERS)[name], steps=2)
+    run(config, resume=False)
+    summary = json.loads((config.out / "summary.json").read_text())
+    sides = [(32, 32)] * 8 + [(32, 48)] * 6
+    measured = sum(row["matrices"] for row in summary["state"])
+    assert measured == sum(MATRIX_STATE[name](*side) for side in sides)
+    assert summary["adamw_moments"]["matrices"] == 8 * sum(short * long for short, long in sides)
+    assert summary["adamw_moments"]["all"] == 8 * summary["parameters"]
+
+
 def test_ranks_by_tolerance(folder):
     """Guards against ranks that are not logged as the optimizer has them."""
     config = tiny(folder, "ranks", optimizer={"tolerance": 0.5, "rank": 16, "update_proj_gap": 2})
@@ -124,7 +148,7 @@ def test_ranks_by_tolerance(folder):
 
 
 VARIANTS = {
-    **{name: {"optimizer": optimizer} for name, optimizer in OPTIMIZERS.items()},
+    **{name: {"optimizer": optimizer} for name, optimizer in (OPTIMIZERS | OTHERS).items()},
     "bf16": {"precision": "bf16"},
     "bf16_mixed": {"precision": "bf16_mixed"},
     "fp16_mixed": {"precision": "fp16_mixed", "micro_batch": 2},
@@ -138,6 +162,7 @@ VARIANTS = {
 @pytest.mark.parametrize("step", [2, 5])
 def test_resumes_to_the_same_bits(folder, variant, step, monkeypatch, request):
     """Guards against anything that the steps to come depend on and that a checkpoint leaves out."""
+    skip_without_apollo(variant.get("optimizer", {}))
     name = request.node.callspec.id
     straight = tiny(folder, f"straight {name}", **variant)
     run(straight, resume=False)

@@ -1,6 +1,7 @@
 """One training step and validation against loops written out by hand and against transformers' own loss."""
 
 import math
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -21,6 +22,20 @@ OPTIMIZERS = {
     "galore_svd": {"name": "galore_svd", "update_proj_gap": 50},
     "lora": {"name": "lora"},
 }
+OTHERS = {
+    "galore_torch": {"name": "galore_torch", "update_proj_gap": 3},
+    "apollo": {"name": "apollo", "update_proj_gap": 3},
+    "apollo_mini": {"name": "apollo_mini", "update_proj_gap": 3, "rank": 1},
+    "muon": {"name": "muon"},
+    "lion": {"name": "lion", "lr": 0.002},
+    "sign": {"name": "sign", "lr": 0.002},
+}
+
+
+def skip_without_apollo(optimizer):
+    """It is compared with, not needed."""
+    if optimizer.get("name", "").startswith("apollo") and find_spec("apollo_torch") is None:
+        pytest.skip("apollo-torch is not installed")
 
 
 @pytest.fixture
@@ -73,9 +88,10 @@ def test_steps_are_adamws(folder):
         torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS.values(), ids=OPTIMIZERS)
+@pytest.mark.parametrize("optimizer", (OPTIMIZERS | OTHERS).values(), ids=OPTIMIZERS | OTHERS)
 def test_every_optimizer_learns(folder, optimizer):
     """Guards against an optimizer that is wired up wrongly: none of its parameters may stand still, loss must fall."""
+    skip_without_apollo(optimizer)
     trainer, _ = trainer_of(folder, optimizer=optimizer, steps=40, clip_norm=1.0)
     before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
     losses = [trainer.train_step()["loss"] for _ in range(40)]
@@ -106,6 +122,103 @@ def test_optimizers_are_what_their_names_say(folder):
         o.param_groups[1]["rank"] is None and o.param_groups[1]["lr"] == 0.02 for o in (ours, published, svd)
     )
     assert len(ours.param_groups[0]["params"]) == 14
+
+
+def stepped(folder, steps=4, **optimizer):
+    """A trainer after some steps, and for each of its parameters before: name, whether it is a matrix inside
+    attention or MLP, value and the gradients of the steps; no clipping, rates constant."""
+    fields = {"clip_norm": None, "warmup": 0, "final_lr": 1.0}
+    trainer, _ = trainer_of(folder, optimizer=optimizer, **fields)
+    before = {n: p.detach().clone() for n, p in trainer.model.named_parameters()}
+    grads = {name: [] for name in before}
+    for _ in range(steps):
+        trainer.train_step()
+        for name, p in trainer.model.named_parameters():
+            grads[name].append(p.grad.clone())
+    inside = {n: ("attn" in n or "mlp" in n) and v.dim() == 2 for n, v in before.items()}
+    return trainer, [(name, inside[name], before[name], grads[name]) for name in before]
+
+
+def replayed(make, value, grads):
+    """What an optimizer makes of a parameter, given its gradients."""
+    p = torch.nn.Parameter(value.clone())
+    optimizer = make([p])
+    for grad in grads:
+        p.grad = grad.clone()
+        optimizer.step()
+    return p.detach()
+
+
+class BySign:
+    """Up where the gradient is negative, down where it is positive."""
+
+    def __init__(self, params):
+        self.p = params[0]
+
+    def step(self):
+        g = self.p.grad
+        self.p.data = self.p.data + 0.002 * ((g < 0).float() - (g > 0).float())
+
+
+class ByLion:
+    """Lion's formula in the order of its paper's algorithm 1."""
+
+    def __init__(self, params):
+        self.p, self.m = params[0], 0.0
+
+    def step(self):
+        g = self.p.grad
+        update = (0.9 * self.m + 0.1 * g).sign()
+        self.p.data = self.p.data - 0.002 * update
+        self.m = 0.99 * self.m + 0.01 * g
+
+
+CONTROLS = {
+    "muon": (0.01, lambda params: torch.optim.Muon(params, lr=0.01, weight_decay=0.0)),
+    "lion": (0.002, ByLion),
+    "sign": (0.002, BySign),
+}
+
+
+@pytest.mark.parametrize("name", CONTROLS)
+def test_controls_are_their_rule_on_matrices_and_adamw_on_all_else(folder, name):
+    """Guards against a control that is another rule, takes the wrong parameters, or mixes up the two rates."""
+    lr, make = CONTROLS[name]
+    trainer, parameters = stepped(folder, name=name, lr=lr, plain_lr=0.02)
+    now = dict(trainer.model.named_parameters())
+    assert sum(inside for _, inside, _, _ in parameters) == 14
+    for parameter, inside, before, grads in parameters:
+        rule = make if inside else lambda p: torch.optim.AdamW(p, lr=0.02, eps=1e-8, weight_decay=0.0)
+        expected = replayed(rule, before, grads)
+        torch.testing.assert_close(now[parameter].detach(), expected, rtol=1e-4, atol=2e-6)
+
+
+def test_galore_torch_is_the_package_on_two_rates(folder):
+    """Guards against a peer that gets other numbers than its own: each parameter by the published class alone."""
+    from pretrain.peers import _published
+
+    published = _published("galore_torch", "adamw", "AdamW", "")
+    optimizer = {"name": "galore_torch", "update_proj_gap": 2, "lr": 0.01, "plain_lr": 0.02}
+    trainer, parameters = stepped(folder, **optimizer)
+    now = dict(trainer.model.named_parameters())
+    keys = {"rank": 4, "update_proj_gap": 2, "scale": 0.25, "proj_type": "std", "lr": 0.01}
+
+    for parameter, inside, before, grads in parameters:
+
+        def rule(params, inside=inside):
+            group = {"params": params, **(keys if inside else {"lr": 0.02})}
+            return published([group], eps=1e-8, no_deprecation_warning=True)
+
+        torch.testing.assert_close(now[parameter].detach(), replayed(rule, before, grads), rtol=0, atol=0)
+
+
+def test_a_peer_that_is_missing_is_named(folder, monkeypatch):
+    """Guards against a traceback, or another optimizer in its place, where a package is not installed."""
+    monkeypatch.setattr("pretrain.peers.find_spec", lambda name: None)
+    with pytest.raises(
+        UserError, match=r"apollo_torch is not installed: pip install --no-deps apollo-torch=="
+    ):
+        trainer_of(folder, optimizer=OTHERS["apollo"])
 
 
 @pytest.mark.parametrize("micro_batch", [1, 2])

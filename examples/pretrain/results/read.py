@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pretrain.command_line import read_yaml
+from pretrain.config import OptimizerConfig
 from pretrain.errors import UserError
 
 Array = NDArray[np.float64]
@@ -190,7 +191,7 @@ def describe_optimizer(config: dict[str, Any]) -> str:
     name, rank, tolerance = (optimizer.get(key) for key in ("name", "rank", "tolerance"))
     if name == "galore" and tolerance is not None:
         return f"{name}, tolerance {tolerance:g}, rank up to {rank}"
-    return f"{name}, rank {rank}" if rank is not None and name != "adamw" else f"{name}"
+    return f"{name}, rank {rank}" if rank is not None and OptimizerConfig.has_rank(name) else f"{name}"
 
 
 def describe_model(config: dict[str, Any]) -> str:
