@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import ChainMap
 from typing import Any
 
 import torch
@@ -51,8 +50,8 @@ class Together:
         return [group for part in self.parts.values() for group in part.param_groups]
 
     @property
-    def state(self) -> ChainMap[torch.Tensor, Any]:
-        return ChainMap(*(part.state for part in self.parts.values()))
+    def state(self) -> dict[torch.Tensor, Any]:
+        return {p: state for part in self.parts.values() for p, state in part.state.items()}
 
     def zero_grad(self) -> None:
         for part in self.parts.values():

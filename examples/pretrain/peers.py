@@ -62,18 +62,18 @@ class _Resumable:
 
     def state_dict(self) -> dict[str, Any]:
         whole = super().state_dict()  # type: ignore[misc]
-        return {**whole, "state": {i: self._exchanged(s, vars) for i, s in whole["state"].items()}}
+        states = {i: {k: _plain(v) for k, v in state.items()} for i, state in whole["state"].items()}
+        return {**whole, "state": states}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)  # type: ignore[misc]
-        for p, state in self.state.items():  # type: ignore[attr-defined]
-            self.state[p] = self._exchanged(state, self._made)  # type: ignore[attr-defined]
+        params = [p for group in self.param_groups for p in group["params"]]  # type: ignore[attr-defined]
+        for i, state in state_dict["state"].items():
+            if "projector" in state:  # as saved: the base class takes words in it apart
+                made = object.__new__(self.projector)
+                vars(made).update(state["projector"])
+                self.state[params[i]]["projector"] = made  # type: ignore[attr-defined]
 
-    def _made(self, values: dict[str, Any]) -> Any:
-        made = object.__new__(self.projector)
-        vars(made).update(values)
-        return made
 
-    @staticmethod
-    def _exchanged(state: dict[str, Any], exchange: Any) -> dict[str, Any]:
-        return {key: exchange(value) if key == "projector" else value for key, value in state.items()}
+def _plain(value: Any) -> Any:
+    return vars(value) if hasattr(value, "ortho_matrix") else value
