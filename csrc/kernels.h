@@ -94,6 +94,15 @@ struct Kernels {
   void (*signs_of_difference_)(const at::Tensor& x, const std::vector<at::Tensor>& a,
                                const at::Tensor& lengths);
 
+  // x[i] <- x[i] + scales[i, j] a[i], j an entry's index in `dim`, 0 or 1, of a matrix; a scale of 0 adds
+  // nothing to anything.  x and a as above; scales: [B, size of dim], of the dtype of x.
+  void (*add_scaled_)(const at::Tensor& x, const std::vector<at::Tensor>& a, const at::Tensor& scales,
+                      int dim);
+
+  // sums[i, j] <- sums[i, j] + the squares of a[i] summed over `dim`, j the index in the other.  a as above;
+  // sums: fp64, its last stride 1.
+  void (*add_squares_)(const at::Tensor& sums, const std::vector<at::Tensor>& a, int dim);
+
   // w[i] <- betas[i] w[i] + x[i], rounded to nearest once; w as a, x as x, betas as lengths above.
   void (*add_)(const std::vector<at::Tensor>& w, const at::Tensor& x, const at::Tensor& betas);
 

@@ -33,7 +33,7 @@ TORCH_LIBRARY(galore_rrf, m) {
   m.def(
       "projected_adamw_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
       "Tensor(d!)[] exp_avg_scales, Tensor(e!)[] exp_avg_sq_scales, Tensor(f!)[] bases, Tensor(g!)[] steps, "
-      "Tensor?[] coefficients, int[] sides, int[] keys, int[] refreshes, Tensor(h!)? refresh_seconds=None, "
+      "Tensor(j!)[] residual_states, Tensor?[] coefficients, int[] sides, int[] keys, int[] refreshes, Tensor(h!)? refresh_seconds=None, "
       "Tensor(i!)? measures=None, *, "
       "Tensor lr, float beta1, float beta2, float eps, float weight_decay, float scale, bool maximize=False, "
       "bool correct_bias=True, str arithmetic=\"torch\", str sketch=\"warm\", int power=1, "

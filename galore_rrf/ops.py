@@ -240,6 +240,7 @@ def projected_adamw_(
     refresh_seconds: Tensor | None = None,
     exp_avg_scales: Sequence[Tensor] | None = None,
     exp_avg_sq_scales: Sequence[Tensor] | None = None,
+    residual_states: Sequence[Tensor] | None = None,
     measures: Tensor | None = None,
     *,
     lr: float | Tensor,
@@ -288,9 +289,17 @@ def projected_adamw_(
     where there is none.  A skipped matrix is measured by nothing: its three are NaN, and a stack's are those of
     the others.  One pass over G; nobody waits.
 
-    `residual`: what is done with E = G - Q R (or G - R Q^T), the gradient's part outside the subspace: within
-    the last line's brackets there is added, times `residual_scale`, with ``"sign"`` the sign of every entry of
-    E (FRUGAL, arXiv 2411.07837); with ``"drop"`` nothing.
+    `residual`: what is done with the gradient's part outside the subspace, E = G - Q R (right: G - R Q^T):
+
+        "drop"      nothing (GaLore)
+        "sign"      N's product + residual_scale sign(E), entry by entry (FRUGAL, arXiv 2411.07837)
+        "scaled"    N's product + residual_scale S, S = E with each column times ||N_j|| / ||R_j|| (right: row),
+                    0 where R_j = 0; S is shortened to 1.01 times the length of the last (Fira, arXiv 2410.01623)
+        "feedback"  G + residual_scale * the last step's E in the place of G; what a rotation of the first
+                    moment loses, times b1 / (1 - b1), goes into E too (LDAdam, arXiv 2410.16103)
+
+    `residual_states`: for ``"scaled"`` the length of the last S, fp32, one number or one a matrix of a stack, 0:
+    none yet; for ``"feedback"`` E, like the weight; both contiguous.  Else ignored.
 
     `stochastic_rounding`: the new weight, in bf16 or fp16, is rounded up or down so that it is right in the
     mean; random bits are Philox's, of (seed, key, step, entry), by row tiles of W.
@@ -301,7 +310,8 @@ def projected_adamw_(
 
     Returns one uint8 a parameter, on the device of the weights: 0 skipped (non-finite gradient, nothing
     written), 1 weight decay alone (zero gradient and no basis yet; not counted as a step), 2 stepped,
-    3 stepped in a new subspace.  No m x n temporary is made; a residual is looked at tile by tile.
+    3 stepped in a new subspace.  No m x n temporary is made: residuals are looked at tile
+    by tile; with ``"feedback"`` one a matrix in flight is, G + E.
     """
     return _ops.projected_adamw_(
         params,
@@ -312,6 +322,7 @@ def projected_adamw_(
         _uncoded(params) if exp_avg_sq_scales is None else exp_avg_sq_scales,
         bases,
         steps,
+        _uncoded(params) if residual_states is None else residual_states,
         coefficients,
         sides,
         keys,

@@ -30,6 +30,7 @@ from galore_rrf.outcomes import Outcomes, Told
 from galore_rrf.param_groups import with_rank
 from galore_rrf.subspace import (
     LEFT,
+    RESIDUAL_STATES,
     RIGHT,
     SCHEMA_VERSION,
     SubspaceKeys,
@@ -340,7 +341,8 @@ class GaLoreAdamW(AdamW):
             beta1, beta2 = map(float, group["betas"])
             before = [state["basis"] for state in states]
             start = time.perf_counter()
-            coefficients = refresh(states, [as_matrices(_grad(p)) for p in apart], options, (beta1, beta2))
+            grads = [self._fed(p, options) for p in apart]
+            coefficients = refresh(states, grads, options, (beta1, beta2), group["maximize"])
             elapsed = time.perf_counter() - start
             found = dict(zip(apart, coefficients, strict=True))
             costs = [p.numel() * state["rank"] for p, state in zip(apart, states, strict=True)]
@@ -443,6 +445,7 @@ class GaLoreAdamW(AdamW):
                 measures=measures,
                 exp_avg_scales=[moments.scale(state, "exp_avg") for state in states],
                 exp_avg_sq_scales=[moments.scale(state, "exp_avg_sq") for state in states],
+                residual_states=self._residual_states(options, params),
             )
         except BaseException:
             self._outcomes.forget(states)
@@ -468,6 +471,20 @@ class GaLoreAdamW(AdamW):
         if not refreshed or (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
             return None
         return torch.empty(len(params), 3, dtype=torch.float64, device=device)
+
+    def _fed(self, p: Tensor, options: SubspaceOptions) -> Tensor:
+        """The gradient as a refresh sees it: with ``residual="feedback"`` it has what was outside the subspace."""
+        grad = _grad(p)
+        if options.residual == "feedback":
+            grad = grad.add(self.state[p]["error"], alpha=options.residual_scale)
+        return as_matrices(grad)
+
+    def _residual_states(self, options: SubspaceOptions, params: list[Tensor]) -> list[Tensor] | None:
+        name = RESIDUAL_STATES.get(options.residual)
+        if name is None:
+            return None
+        states = [self.state[p][name] for p in params]
+        return [as_matrices(state) for state in states] if name == "error" else states
 
     def _init_projected(self, params: list[Tensor], options: SubspaceOptions) -> None:
         """State for parameters that have none; their matrix ids are positions among all matrices."""

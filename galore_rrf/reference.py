@@ -555,6 +555,14 @@ def adamw_(
         stored.write()
 
 
+def _of_matrices(param: Tensor, state: Tensor | None) -> list[Tensor]:
+    """A parameter's residual state by matrices; zeros where it has none."""
+    count = len(param) if param.dim() == 3 else 1
+    if state is None or state.shape == (0,):
+        return [param.new_zeros(())] * count
+    return list(state) if param.dim() == 3 else [state]
+
+
 def projected_adamw_(
     params: Sequence[Tensor],
     grads: Sequence[Tensor],
@@ -585,6 +593,7 @@ def projected_adamw_(
     seed: int = 0,
     residual: str = "drop",
     residual_scale: float = 1.0,
+    residual_states: Sequence[Tensor] | None = None,
 ) -> Tensor:
     """One step of GaLore's projected AdamW (Zhao et al. 2024, algorithm 2) for every matrix, in place."""
 
@@ -606,8 +615,14 @@ def projected_adamw_(
     def step(
         tensors: Sequence[Tensor], given: Tensor | None, t: float, side: int, key: int, refresh: int
     ) -> int:
-        w, g, m, v, q = tensors
+        w, g, m, v, q, kept = tensors
         dtype = _compute_dtype(w)
+
+        def back(x: Tensor, q: Tensor = q) -> Tensor:
+            return x @ q.to(dtype).mT if side == 0 else q.to(dtype) @ x
+
+        if residual == "feedback":
+            g = g + residual_scale * kept
         known = bool(q.any())
         new_q, outcome = None, STEPPED
         if given is not None:  # of a refresh made elsewhere
@@ -633,19 +648,32 @@ def projected_adamw_(
         if new_q is not None:
             if known and moments == "rotate" and t > 0:
                 rotated = rotate_moments(m, v, q, new_q, side, 1 - beta1**t, 1 - beta2**t)
+                if residual == "feedback":
+                    lost = back(m) - back(rotated[0], new_q)
+                    lost *= (-1 if maximize else 1) * beta1 / (1 - beta1)
+                    g = g + (residual_scale * lost).to(g.dtype)
                 m.copy_(rotated[0])
                 v.copy_(rotated[1])
             q.copy_(new_q)
 
         n = _direction(r, m, v, t + 1, beta1, beta2, eps, maximize, correct_bias, arithmetic)
 
-        def back(x: Tensor) -> Tensor:
-            return x @ q.to(dtype).mT if side == 0 else q.to(dtype) @ x
-
         update = back(n)
+        outside = g.to(dtype) - back(r)
         if residual == "sign":
-            outside = g.to(dtype) - back(r)
             update += residual_scale * (-outside if maximize else outside).sign()
+        elif residual == "scaled":
+            lengths = r.norm(dim=side - 1, keepdim=True)
+            phi = torch.where(lengths > 0, n.norm(dim=side - 1, keepdim=True) / lengths, 0)
+            s = (-outside if maximize else outside) * phi
+            norm = s.norm()
+            if 0 < 1.01 * kept < norm:
+                s *= 1.01 * kept / norm
+            if norm > 0:
+                kept.copy_(s.norm())
+            update += residual_scale * s
+        elif residual == "feedback":
+            kept.copy_(outside)
         _decay_and_update(w, lr * scale * update, decay, arithmetic)
         return outcome
 
@@ -662,6 +690,7 @@ def projected_adamw_(
         )
         tensors = zip(
             *map(matrices, (param, grads[i], stored.mean, stored.square, bases[i])),
+            _of_matrices(param, None if residual_states is None else residual_states[i]),
             strict=True,
         )
         given = coefficients[i]

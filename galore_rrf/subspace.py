@@ -27,6 +27,9 @@ STATE_KEYS = ("step", "exp_avg", "exp_avg_sq", "basis", "rank", "side", "key", "
 """Of a projection of one side: tensors `step` to `basis`, then ints.  Others have more bases, by the names of
 `modes_of`; see docs/checkpoints.md."""
 
+RESIDUAL_STATES = {"scaled": "residual_norm", "feedback": "error"}
+"""The tensor more that a state has where `residual` needs one."""
+
 
 class RefinementKeys(TypedDict, total=False):
     """The keys of a projected group beside its rank."""
@@ -73,7 +76,7 @@ _CHOICES = {
     "sketch": ("warm", "plain", "half_power", "power"),
     "moments": ("rotate", "keep"),
     "nonfinite": ("skip", "raise"),
-    "residual": ("drop", "sign"),
+    "residual": ("drop", "scaled", "sign", "feedback"),
     "arithmetic": ("torch", "galore_torch", "bitsandbytes"),
     "state_dtype": (None, torch.float32, torch.bfloat16, torch.uint8),
 }
@@ -126,9 +129,12 @@ class SubspaceOptions:
         stochastic_rounding: of projected weights in bf16 and fp16, up or down so that the mean is right:
             steps much smaller than the distance of two numbers still add up.
         residual: what is done with the gradient's part outside the subspace, E = G - Q R: ``"drop"``
-            (published); ``"sign"``, the sign of every entry (FRUGAL), needs no state.
+            (published); ``"scaled"``, every column as the subspace's share of it is scaled by Adam, its growth
+            limited (Fira), a number of state; ``"sign"``, the sign of every entry (FRUGAL), no state;
+            ``"feedback"``, added to the next gradient (LDAdam), which needs a tensor as large as the weight.
         residual_scale: factor on the residual's step, beside 1 for the step within the subspace.  With
-            ``"sign"`` every entry of a weight moves by ``lr * scale * residual_scale``.
+            ``"sign"`` every entry of a weight moves by ``lr * scale * residual_scale``.  With ``"feedback"``
+            factor on what is fed back.
         arithmetic: ``"torch"``: torch.optim.AdamW's; ``"galore_torch"``: that package's (eps on the
             uncorrected root, decay last, exact SVD in fp32); ``"bitsandbytes"``: decay last.  Concerns plain
             parameters too.
@@ -313,12 +319,28 @@ def new_state(p: Tensor, options: SubspaceOptions, key: int) -> dict[str, Any]:
         **zero_moments(p, shape, options.state_dtype),
         # In the weight's dtype: half precision products take them as they are.
         **{name: torch.zeros(basis, dtype=p.dtype, device=p.device) for name, basis in bases.items()},
+        **residual_state(p, options.residual),
         "rank": rank,
         "side": side,
         "key": key,
         "refreshes": 0,
         "last_refresh": 0,
     }
+
+
+def residual_shapes(p: Tensor) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Of the tensors of RESIDUAL_STATES, with their dtypes: a number a matrix, an entry an entry."""
+    stack = tuple(p.shape[:-2]) if p.dim() == 3 else ()
+    return {"residual_norm": (stack, torch.float32), "error": (tuple(p.shape), p.dtype)}
+
+
+def residual_state(p: Tensor, residual: str) -> dict[str, Tensor]:
+    """Zeros: nothing outside the subspace yet."""
+    name = RESIDUAL_STATES.get(residual)
+    if name is None:
+        return {}
+    shape, dtype = residual_shapes(p)[name]
+    return {name: torch.zeros(shape, dtype=dtype, device=p.device)}
 
 
 def zero_moments(p: Tensor, shape: Sequence[int], state_dtype: torch.dtype | None) -> dict[str, Tensor]:
@@ -347,6 +369,14 @@ def follow(
         for name, basis in bases_of(state).items():
             if basis.dtype != p.dtype:
                 state[name] = basis.to(p.dtype)
+        if "error" in state and state["error"].dtype != p.dtype:
+            state["error"] = state["error"].to(p.dtype)
+        wanted = RESIDUAL_STATES.get(options.residual)
+        for name in RESIDUAL_STATES.values():
+            if name != wanted:
+                state.pop(name, None)
+        if wanted is not None and wanted not in state:
+            state.update(residual_state(p, options.residual))
     dtype = moments.kept_dtype(math.prod(shape), options.state_dtype, compute_dtype(p))
     device = p.device
     if plain and is_torchs(p, options):
@@ -377,6 +407,7 @@ def refresh(
     grads: Sequence[Tensor],
     options: SubspaceOptions,
     betas: tuple[float, float],
+    maximize: bool = False,
 ) -> list[Tensor | None]:
     """Moves states into new subspaces of their gradients and returns the projected gradients.
 
@@ -389,7 +420,7 @@ def refresh(
     for state, grad, found in zip(states, grads, bases, strict=True):
         moved = None
         if found is not None and bool(found[1].isfinite().all()):  # products may overflow
-            moved = unless_out_of_memory(partial(_moved, state, grad, found, options, betas))
+            moved = unless_out_of_memory(partial(_moved, state, grad, found, options, betas, maximize))
         state.update(moved or {})
         projected.append(found[1] if found is not None and moved is not None else None)
     return projected
@@ -417,6 +448,7 @@ def _moved(
     found: tuple[Tensor, Tensor],
     options: SubspaceOptions,
     betas: tuple[float, float],
+    maximize: bool,
 ) -> dict[str, Any]:
     """What of a state changes with its subspace."""
     basis, projected = found
@@ -437,6 +469,11 @@ def _moved(
             1 - betas[0] ** steps,
             1 - betas[1] ** steps,
         )
+        if "error" in state:  # what the first moment loses by rotation, as in the step operator
+            lost = _back(state, mean) - _back({**state, "basis": basis}, rotated[0])
+            share = (-1 if maximize else 1) * betas[0] / (1 - betas[0])
+            error = state["error"]
+            moved["error"] = error + (share * lost).view(error.shape).to(error.dtype)
     for name, moment in zip(moments.NAMES, rotated, strict=False):
         moved |= moments.kept(name, moment, state[name].dtype)
     return moved
@@ -479,6 +516,12 @@ def find_each(
     """A new basis for every gradient and the projected gradient in it, at the rank of the options."""
     find = _find_by_svd if options.projector == "svd" else _find_at_rank
     return [find(state, grad, options) for state, grad in zip(states, grads, strict=True)]
+
+
+def _back(state: Mapping[str, Any], x: Tensor) -> Tensor:
+    """Out of the subspace: Q N or N Q^T."""
+    basis: Tensor = state["basis"].to(x.dtype)
+    return x @ basis.mT if state["side"] == RIGHT else basis @ x
 
 
 def _oriented(state: Mapping[str, Any], grad: Tensor) -> Tensor:

@@ -676,7 +676,8 @@ def test_opcheck(device, refresh, dtype):
         (
             state.params, state.grads(1), state.exp_avgs, state.exp_avg_sqs,
             [torch.empty(0) for _ in range(3)], [torch.empty(0) for _ in range(3)],
-            state.bases, state.steps, [None] * 3, state.sides, state.keys, [refresh] * 3,
+            state.bases, state.steps, [torch.empty(0) for _ in range(3)], [None] * 3, state.sides, state.keys,
+            [refresh] * 3,
         ),
         {
             **ADAM,

@@ -47,7 +47,7 @@ OPTIONS = {
     "nonfinite": [{"nonfinite": "raise"}],
     "seed": [{"seed": 2**63 - 1}],
     "stochastic_rounding": [{"stochastic_rounding": True}],
-    "residual": [{"residual": "sign"}],
+    "residual": [{"residual": "scaled"}, {"residual": "sign"}, {"residual": "feedback"}],
     "residual_scale": [{"residual": "sign", "residual_scale": 0.3}],
     "arithmetic": [{"arithmetic": "bitsandbytes"}, {"arithmetic": "galore_torch", "projector": "svd"}],
     "preset": [{"preset": "default"}, {"preset": "published"}],

@@ -285,21 +285,60 @@ void variance_to_moments(const at::Tensor& exp_avg, const at::Tensor& exp_avg_sq
   });
 }
 
-void signs_of_difference_(const at::Tensor& x, const std::vector<at::Tensor>& a, const at::Tensor& lengths) {
+// f(b, i, row i of x[b], of a[b], entries) for every row of a stack and of a list beside it, which is cast to
+// the dtype of x where it has another.
+template <class T, class F>
+void for_each_row(const at::Tensor& x, const std::vector<at::Tensor>& a, const F& f) {
   const int64_t rows = x.size(1), cols = x.size(2);
   if (x.numel() == 0) return;
+  for (int64_t b = 0; b < x.size(0); ++b) {
+    const at::Tensor wide = a[static_cast<size_t>(b)].to(x.scalar_type());
+    const T* from = wide.const_data_ptr<T>();
+    T* to = x.mutable_data_ptr<T>() + b * rows * cols;
+    at::parallel_for(0, rows, std::max<int64_t>(1, kGrain / cols), [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) f(b, i, to + i * cols, from + i * wide.stride(0), cols);
+    });
+  }
+}
+
+void signs_of_difference_(const at::Tensor& x, const std::vector<at::Tensor>& a, const at::Tensor& lengths) {
+  const double* length = lengths.const_data_ptr<double>();
   AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "signs_of_difference_", [&] {
-    for (int64_t b = 0; b < x.size(0); ++b) {
-      const at::Tensor& given = a[static_cast<size_t>(b)];
-      const at::Tensor wide = given.to(x.scalar_type());
-      const scalar_t* from = wide.const_data_ptr<scalar_t>();
-      scalar_t* to = x.mutable_data_ptr<scalar_t>() + b * rows * cols;
-      const auto length = static_cast<scalar_t>(lengths.select(0, b).item<double>());
-      at::parallel_for(0, rows, std::max<int64_t>(1, kGrain / cols), [&](int64_t begin, int64_t end) {
-        for (int64_t i = begin; i < end; ++i) {
-          cpu::signs_of_difference_range(to + i * cols, from + i * wide.stride(0), cols, length);
+    for_each_row<scalar_t>(x, a, [&](int64_t b, int64_t, scalar_t* to, const scalar_t* from, int64_t n) {
+      cpu::signs_of_difference_range(to, from, n, static_cast<scalar_t>(length[b]));
+    });
+  });
+}
+
+void add_scaled_(const at::Tensor& x, const std::vector<at::Tensor>& a, const at::Tensor& scales, int dim) {
+  AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "add_scaled_", [&] {
+    const scalar_t* scale = scales.const_data_ptr<scalar_t>();
+    for_each_row<scalar_t>(x, a, [&](int64_t b, int64_t i, scalar_t* to, const scalar_t* from, int64_t n) {
+      const scalar_t* mine = scale + b * scales.stride(0);
+      if (dim == 0) {
+        cpu::add_scaled_range(to, from, mine[i], n);
+      } else {
+        cpu::add_scaled_range(to, from, mine, n);
+      }
+    });
+  });
+}
+
+void add_squares_(const at::Tensor& sums, const std::vector<at::Tensor>& a, int dim) {
+  const at::ScalarType dtype = a.front().scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+  AT_DISPATCH_FLOATING_TYPES(dtype, "add_squares_", [&] {
+    for (size_t b = 0; b < a.size(); ++b) {
+      const at::Tensor wide = a[b].to(dtype);
+      const scalar_t* data = wide.const_data_ptr<scalar_t>();
+      double* sum = sums.mutable_data_ptr<double>() + static_cast<int64_t>(b) * sums.stride(0);
+      for (int64_t i = 0; i < wide.size(0); ++i) {
+        const scalar_t* row = data + i * wide.stride(0);
+        if (dim == 1) {
+          sum[i] += cpu::squared_norm_range(row, wide.size(1));
+        } else {
+          cpu::add_squares_range(sum, row, wide.size(1));
         }
-      });
+      }
     }
   });
 }
@@ -365,6 +404,8 @@ const Kernels cpu_kernels = {
     .variance_to_moments = variance_to_moments,
     .products = nullptr,
     .signs_of_difference_ = signs_of_difference_,
+    .add_scaled_ = add_scaled_,
+    .add_squares_ = add_squares_,
     .add_ = add_,
     .add_rounded_ = add_rounded_,
 };

@@ -169,6 +169,44 @@ void signs_of_difference_range(double* __restrict x, const double* __restrict a,
   for (int64_t i = 0; i < n; ++i) x[i] = signed_length(a[i], x[i], length);
 }
 
+GALORE_RRF_SIMD_CLONES
+void add_scaled_range(float* __restrict x, const float* __restrict a, const float* __restrict scales,
+                      int64_t n) {
+  for (int64_t i = 0; i < n; ++i) x[i] = add_scaled(x[i], a[i], scales[i]);
+}
+
+GALORE_RRF_SIMD_CLONES
+void add_scaled_range(float* __restrict x, const float* __restrict a, float scale, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) x[i] = add_scaled(x[i], a[i], scale);
+}
+
+GALORE_RRF_SIMD_CLONES
+void add_squares_range(double* __restrict sums, const float* __restrict a, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) {
+    const double entry = static_cast<double>(a[i]);
+    sums[i] += entry * entry;
+  }
+}
+
+GALORE_RRF_SIMD_CLONES
+void add_scaled_range(double* __restrict x, const double* __restrict a, const double* __restrict scales,
+                      int64_t n) {
+  for (int64_t i = 0; i < n; ++i) x[i] = add_scaled(x[i], a[i], scales[i]);
+}
+
+GALORE_RRF_SIMD_CLONES
+void add_scaled_range(double* __restrict x, const double* __restrict a, double scale, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) x[i] = add_scaled(x[i], a[i], scale);
+}
+
+GALORE_RRF_SIMD_CLONES
+void add_squares_range(double* __restrict sums, const double* __restrict a, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) {
+    const double entry = a[i];
+    sums[i] += entry * entry;
+  }
+}
+
 namespace {
 
 template <class T>

@@ -37,6 +37,8 @@ const Kernels cuda_kernels = {
     .variance_to_moments = cuda::variance_to_moments,
     .products = cuda::products,
     .signs_of_difference_ = cuda::signs_of_difference_,
+    .add_scaled_ = cuda::add_scaled_,
+    .add_squares_ = cuda::add_squares_,
     .add_ = cuda::add_,
     .add_rounded_ = cuda::add_rounded_,
 };

@@ -34,6 +34,8 @@ bool products(const std::vector<at::Tensor>& c, const std::vector<at::Tensor>& a
               const std::vector<at::Tensor>& b, const at::Tensor& beta, const at::Tensor& outcomes);
 
 void signs_of_difference_(const at::Tensor& x, const std::vector<at::Tensor>& a, const at::Tensor& lengths);
+void add_scaled_(const at::Tensor& x, const std::vector<at::Tensor>& a, const at::Tensor& scales, int dim);
+void add_squares_(const at::Tensor& sums, const std::vector<at::Tensor>& a, int dim);
 void add_(const std::vector<at::Tensor>& w, const at::Tensor& x, const at::Tensor& betas);
 
 void add_rounded_(const at::Tensor& w, const at::Tensor& x, const at::Tensor& beta, uint64_t seed,

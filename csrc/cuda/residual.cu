@@ -21,29 +21,41 @@ void with_stored_type(const at::Tensor& a, const F& f) {
   }
 }
 
-// One launch for at most kListedPlanes matrices, whose rows are one row where they follow one another.
+// Calls f(arguments, first) for at most kListedPlanes matrices at a time, from number `first` on; Arguments
+// have a list, which is alike throughout, and its layout.
+template <class Listed, class Arguments, class F>
+void for_each_part(const std::vector<at::Tensor>& list, const F& f) {
+  const at::Tensor& front = list.front();
+  const auto count = static_cast<int64_t>(list.size());
+  for (int64_t first = 0; first < count; first += kListedPlanes) {
+    Arguments a = {};
+    a.matrices = std::min<int64_t>(kListedPlanes, count - first);
+    a.rows = front.size(0);
+    a.cols = front.size(1);
+    a.row_stride = a.rows == 1 ? a.cols : front.stride(0);
+    for (int64_t i = 0; i < a.matrices; ++i) {
+      const at::Tensor& matrix = list[static_cast<size_t>(first + i)];
+      TORCH_INTERNAL_ASSERT(matrix.scalar_type() == front.scalar_type() &&
+                            (a.rows == 1 || matrix.stride(0) == a.row_stride));
+      a.list[i] = static_cast<Listed*>(matrix.data_ptr());
+    }
+    f(a, first);
+  }
+}
+
+// Over a stack and a list beside it; rows that follow one another are one row.
 template <class T, class Listed>
 void launch_lists(void (*kernel)(StackAndList<T, Listed>), const at::Tensor& stack,
                   const std::vector<at::Tensor>& list, const at::Tensor& factors) {
-  const int64_t matrices = stack.size(0), rows = stack.size(1), cols = stack.size(2);
-  const int64_t row_stride = list.front().stride(0);
-  const bool one_row = rows == 1 || row_stride == cols;
-  for (int64_t first = 0; first < matrices; first += kListedPlanes) {
-    StackAndList<T, Listed> a = {};
-    a.matrices = std::min<int64_t>(kListedPlanes, matrices - first);
-    a.stack = stack.mutable_data_ptr<T>() + first * rows * cols;
-    for (int64_t i = 0; i < a.matrices; ++i) {
-      const at::Tensor& matrix = list[static_cast<size_t>(first + i)];
-      TORCH_INTERNAL_ASSERT(matrix.scalar_type() == list.front().scalar_type() &&
-                            (one_row || matrix.stride(0) == row_stride));
-      a.list[i] = static_cast<Listed*>(matrix.data_ptr());
-    }
-    a.rows = one_row ? 1 : rows;
-    a.cols = one_row ? rows * cols : cols;
-    a.row_stride = row_stride;
+  for_each_part<Listed, StackAndList<T, Listed>>(list, [&](StackAndList<T, Listed>& a, int64_t first) {
+    a.stack = stack.mutable_data_ptr<T>() + first * a.rows * a.cols;
     a.factors = factors.const_data_ptr<double>() + first;
+    if (a.row_stride == a.cols) {
+      a.cols *= a.rows;
+      a.rows = 1;
+    }
     launch(kernel, plane_grid(a.cols, a.rows, a.matrices, enough_blocks()), plane_block(a.cols), a);
-  }
+  });
 }
 
 }  // namespace
@@ -54,6 +66,48 @@ void signs_of_difference_(const at::Tensor& x, const std::vector<at::Tensor>& a,
   AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "signs_of_difference_", [&] {
     with_stored_type<scalar_t>(a.front(), [&]<class Listed>(Listed*) {
       launch_lists(signs_of_difference<scalar_t, Listed>, x, a, lengths);
+    });
+  });
+}
+
+void add_scaled_(const at::Tensor& x, const std::vector<at::Tensor>& a, const at::Tensor& scales, int dim) {
+  if (x.numel() == 0) return;
+  const c10::cuda::CUDAGuard guard(x.device());
+  AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "add_scaled_", [&] {
+    with_stored_type<scalar_t>(a.front(), [&]<class Listed>(Listed*) {
+      using Arguments = StackAndList<scalar_t, const Listed>;
+      for_each_part<const Listed, Arguments>(a, [&](Arguments& arguments, int64_t first) {
+        arguments.stack = x.mutable_data_ptr<scalar_t>() + first * arguments.rows * arguments.cols;
+        const Scales<scalar_t> of = {scales.const_data_ptr<scalar_t>() + first * scales.stride(0),
+                                     scales.stride(0), dim == 0 ? 1 : 0, dim == 0 ? 0 : 1};
+        launch(add_scaled_list<scalar_t, Listed>,
+               plane_grid(arguments.cols, arguments.rows, arguments.matrices, enough_blocks()),
+               plane_block(arguments.cols), arguments, of);
+      });
+    });
+  });
+}
+
+void add_squares_(const at::Tensor& sums, const std::vector<at::Tensor>& a, int dim) {
+  if (a.front().numel() == 0) return;
+  const c10::cuda::CUDAGuard guard(sums.device());
+  const at::ScalarType dtype = a.front().scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+  AT_DISPATCH_FLOATING_TYPES(dtype, "add_squares_", [&] {
+    with_stored_type<scalar_t>(a.front(), [&]<class Listed>(Listed*) {
+      using Arguments = ListAndSums<scalar_t, Listed>;
+      for_each_part<const Listed, Arguments>(a, [&](Arguments& arguments, int64_t first) {
+        arguments.sums = sums.mutable_data_ptr<double>() + first * sums.stride(0);
+        arguments.sums_stride = sums.stride(0);
+        if (dim == 1) {
+          launch(add_squares_of_rows<scalar_t, Listed>,
+                 squares_grid(arguments.rows, arguments.matrices, enough_blocks()), kSquaresThreads,
+                 arguments);
+        } else {
+          const int64_t blocks = (arguments.cols + kSquaresThreads - 1) / kSquaresThreads;
+          launch(add_squares_of_columns<scalar_t, Listed>,
+                 squares_grid(blocks, arguments.matrices, enough_blocks()), kSquaresThreads, arguments);
+        }
+      });
     });
   });
 }

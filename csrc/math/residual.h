@@ -11,4 +11,10 @@ GALORE_RRF_HD T signed_length(T a, T b, T length) {
   return (a > b ? length : T{0}) - (a < b ? length : T{0});
 }
 
+// x + scale a; x where the scale is 0, whatever a is.
+template <class T>
+GALORE_RRF_HD T add_scaled(T x, T a, T scale) {
+  return scale == 0 ? x : x + scale * a;
+}
+
 }  // namespace galore_rrf

@@ -44,6 +44,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> svd_of_product_op(const at::Tenso
 at::Tensor projected_adamw_op(at::TensorList params, at::TensorList grads, at::TensorList exp_avgs,
                               at::TensorList exp_avg_sqs, at::TensorList exp_avg_scales,
                               at::TensorList exp_avg_sq_scales, at::TensorList bases, at::TensorList steps,
+                              at::TensorList residual_states,
                               const c10::List<std::optional<at::Tensor>>& coefficients, at::IntArrayRef sides,
                               at::IntArrayRef keys, at::IntArrayRef refreshes,
                               const std::optional<at::Tensor>& refresh_seconds,

@@ -35,7 +35,10 @@ Moments moments_from_name(c10::string_view name) {
 
 Residual residual_from_name(c10::string_view name) {
   return choice_from_name<Residual>("residual", text(name),
-                                    {{"drop", Residual::drop}, {"sign", Residual::sign}});
+                                    {{"drop", Residual::drop},
+                                     {"scaled", Residual::scaled},
+                                     {"sign", Residual::sign},
+                                     {"feedback", Residual::feedback}});
 }
 
 // Blocks of codes that one scale each belongs to: of every matrix of a stack, else of all entries.
@@ -71,6 +74,21 @@ void check_moments(const StoredMoment& exp_avg, const StoredMoment& exp_avg_sq, 
   TORCH_CHECK_VALUE(exp_avg.values.scalar_type() == exp_avg_sq.values.scalar_type(),
                     "exp_avg and exp_avg_sq must have one dtype, got ", exp_avg.values.scalar_type(), " and ",
                     exp_avg_sq.values.scalar_type(), " for parameter ", index);
+}
+
+bool has_state(Residual mode) { return mode == Residual::scaled || mode == Residual::feedback; }
+
+void check_residual_state(const ProjectedParameter& p, Residual mode, size_t index) {
+  if (!has_state(mode)) return;
+  const at::Tensor &w = p.weight, &state = p.residual_state;
+  const bool feedback = mode == Residual::feedback;
+  const at::IntArrayRef shape = feedback ? w.sizes() : w.sizes().slice(0, w.dim() - 2);
+  const at::ScalarType dtype = feedback ? w.scalar_type() : at::kFloat;
+  TORCH_CHECK_VALUE(state.sizes() == shape && state.scalar_type() == dtype && state.is_contiguous() &&
+                        state.device() == w.device(),
+                    "Invalid residual state: ", state.sizes(), " ", state.scalar_type(), " on ",
+                    state.device(), state.is_contiguous() ? "" : ", not contiguous", " (must be contiguous, ",
+                    shape, " ", dtype, " on ", w.device(), ") for parameter ", index);
 }
 
 void check_step(const at::Tensor& step, const at::Tensor& weight, size_t index) {
@@ -164,6 +182,7 @@ void check_parameter(const ProjectedParameter& p, size_t index) {
 at::Tensor projected_adamw_op(at::TensorList params, at::TensorList grads, at::TensorList exp_avgs,
                               at::TensorList exp_avg_sqs, at::TensorList exp_avg_scales,
                               at::TensorList exp_avg_sq_scales, at::TensorList bases, at::TensorList steps,
+                              at::TensorList residual_states,
                               const c10::List<std::optional<at::Tensor>>& coefficients, at::IntArrayRef sides,
                               at::IntArrayRef keys, at::IntArrayRef refreshes,
                               const std::optional<at::Tensor>& refresh_seconds,
@@ -175,10 +194,10 @@ at::Tensor projected_adamw_op(at::TensorList params, at::TensorList grads, at::T
                               std::optional<bool> asynchronous) {
   const OperatorScope scope(params);
   const size_t count = params.size();
-  check_lengths(
-      "projected_adamw_", count,
-      {grads.size(), exp_avgs.size(), exp_avg_sqs.size(), exp_avg_scales.size(), exp_avg_sq_scales.size(),
-       bases.size(), steps.size(), coefficients.size(), sides.size(), keys.size(), refreshes.size()});
+  check_lengths("projected_adamw_", count,
+                {grads.size(), exp_avgs.size(), exp_avg_sqs.size(), exp_avg_scales.size(),
+                 exp_avg_sq_scales.size(), bases.size(), steps.size(), residual_states.size(),
+                 coefficients.size(), sides.size(), keys.size(), refreshes.size()});
   check_one_device("projected_adamw_", params);
   check_lr(lr);
   TORCH_CHECK_VALUE(oversampling >= 0, "Invalid oversampling: ", oversampling, " (must not be negative)");
@@ -194,6 +213,7 @@ at::Tensor projected_adamw_op(at::TensorList params, at::TensorList grads, at::T
                               measured.sizes() == at::IntArrayRef({static_cast<int64_t>(count), 3}) &&
                               (count == 0 || measured.device() == params[0].device())),
       "measures must be ", count, " x 3 float64 numbers on the device of the weights");
+  const Residual mode = residual_from_name(residual);
   std::vector<ProjectedParameter> parameters(count);
   for (size_t i = 0; i < count; ++i) {
     sketch_key(seed, keys[i], std::max<int64_t>(refreshes[i], 0));
@@ -208,6 +228,8 @@ at::Tensor projected_adamw_op(at::TensorList params, at::TensorList grads, at::T
                      .refresh = refreshes[i],
                      .coefficients = coefficients.get(i).value_or(at::Tensor())};
     check_parameter(parameters[i], i);
+    if (has_state(mode)) parameters[i].residual_state = residual_states[i];
+    check_residual_state(parameters[i], mode, i);
   }
   const at::Tensor outcomes = projected_adamw_(parameters, lr,
                                                {.beta1 = beta1,
@@ -224,10 +246,11 @@ at::Tensor projected_adamw_op(at::TensorList params, at::TensorList grads, at::T
                                                 .moments = moments_from_name(moments),
                                                 .seed = static_cast<uint64_t>(seed),
                                                 .stochastic_rounding = stochastic_rounding,
-                                                .residual = residual_from_name(residual),
+                                                .residual = mode,
                                                 .residual_scale = residual_scale},
                                                seconds, measured, asynchronous);
-  bump_versions({params, exp_avgs, exp_avg_sqs, exp_avg_scales, exp_avg_sq_scales, bases, steps});
+  bump_versions(
+      {params, exp_avgs, exp_avg_sqs, exp_avg_scales, exp_avg_sq_scales, bases, steps, residual_states});
   if (measured.defined()) bump_versions({measured});
   return outcomes;
 }

@@ -3,10 +3,12 @@
 #include <ATen/Context.h>
 #include <ATen/ops/_foreach_add.h>
 #include <ATen/ops/_foreach_copy.h>
+#include <ATen/ops/add.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/full.h>
 #include <ATen/ops/logical_and.h>
 #include <ATen/ops/maximum.h>
+#include <ATen/ops/ones.h>
 #include <ATen/ops/pow.h>
 #include <ATen/ops/stack.h>
 #include <ATen/ops/where.h>
@@ -37,7 +39,8 @@ namespace {
 struct Group {
   Matrices weights, grads, bases;
   StoredMoments exp_avgs, exp_avg_sqs;
-  Matrices coefficients;  // or none
+  Matrices coefficients;     // or none
+  Matrices residual_states;  // or none: scalars, or s x l
   std::vector<at::Tensor> steps;
   std::vector<SketchKey> keys;
   Side side;
@@ -61,6 +64,10 @@ void add_matrix(Group& group, const ProjectedParameter& p, size_t owner, int64_t
   group.exp_avgs.push_back(turn_moment(p.exp_avg));
   group.exp_avg_sqs.push_back(turn_moment(p.exp_avg_sq));
   if (p.coefficients.defined()) group.coefficients.push_back(turn(p.coefficients));
+  if (p.residual_state.defined()) {
+    const bool is_matrix = p.residual_state.dim() == p.weight.dim();
+    group.residual_states.push_back(is_matrix ? turn(p.residual_state) : pick(p.residual_state));
+  }
   group.steps.push_back(p.step.view(at::IntArrayRef{}));
   group.keys.push_back(
       {seed, static_cast<uint32_t>(p.key + index), static_cast<uint32_t>(std::max<int64_t>(0, p.refresh))});
@@ -211,6 +218,16 @@ class Step {
 
   // Outcomes, uint8 [B]; adds the seconds of a refresh to `refresh_seconds`.
   at::Tensor operator()(const Group& x, double& refresh_seconds, const Measures& measures) const {
+    if (projection_.residual != Residual::feedback) return step(x, refresh_seconds, measures);
+    Group fed = x;
+    for (size_t i = 0; i < fed.grads.size(); ++i) {
+      fed.grads[i] = at::add(x.grads[i], x.residual_states[i], projection_.residual_scale);
+    }
+    return step(fed, refresh_seconds, measures);
+  }
+
+ private:
+  at::Tensor step(const Group& x, double& refresh_seconds, const Measures& measures) const {
     const at::Tensor& grad = x.grads.front();
     if (grad.numel() == 0) {
       if (measures.wanted()) {
@@ -234,7 +251,6 @@ class Step {
     return outcomes;
   }
 
- private:
   // R = Q^T G, in new subspaces where those are due.
   at::Tensor project(const Group& x, const at::Tensor& projected, double& refresh_seconds,
                      const at::Tensor& turn) const {
@@ -298,7 +314,7 @@ class Step {
       const at::NoTF32Guard no_tf32;
       const at::Tensor s = found.basis.mT().matmul(stacked(x.bases, found.basis.scalar_type()));
       const at::Tensor moving = at::logical_and(ok, known);
-      if (projection_.moments == Moments::rotate) rotate(x, s, moving);
+      if (projection_.moments == Moments::rotate) rotate(x, found.basis, s, moving);
       if (turn.defined()) measure_turn(turn, s, moving);
     }
     at::_foreach_copy_(x.bases, each(bases));
@@ -317,7 +333,7 @@ class Step {
   }
 
   // Moves the moments by S = Q_new^T Q_old where `moving`, and where there have been steps to rotate.
-  void rotate(const Group& x, const at::Tensor& s, const at::Tensor& moving) const {
+  void rotate(const Group& x, const at::Tensor& bases, const at::Tensor& s, const at::Tensor& moving) const {
     const at::Tensor steps = at::stack(x.steps).view(-1).to(at::kDouble);
     const at::Tensor active = at::logical_and(moving, steps.gt(0));
     if (known_to_be(false, active, asynchronous_)) return;
@@ -335,11 +351,26 @@ class Step {
     };
     const at::Tensor mean = loaded(x.exp_avgs, MomentKind::exp_avg);
     const at::Tensor square = loaded(x.exp_avg_sqs, MomentKind::exp_avg_sq);
+    const bool feeds_back = projection_.residual == Residual::feedback;
+    const at::Tensor old_mean = feeds_back ? mean.clone() : at::Tensor();
     rotate_moments_out(mean, square, mean, square, s, corrections);
+    if (feeds_back) feed_back_momentum(x, bases, old_mean, mean, active);
     if (in_place) return;
     const at::Tensor flags = active.to(at::kByte);
     kernels_for(mean).store_moments(x.exp_avgs, mean, MomentKind::exp_avg, flags);
     kernels_for(square).store_moments(x.exp_avg_sqs, square, MomentKind::exp_avg_sq, flags);
+  }
+
+  // What the first moment loses by rotation is fed back: to the effect of all steps to come it would have
+  // added beta1 / (1 - beta1) times itself.
+  void feed_back_momentum(const Group& x, const at::Tensor& bases, const at::Tensor& old_mean,
+                          const at::Tensor& new_mean, const at::Tensor& active) const {
+    const double sign = adamw_.maximize ? -1 : 1;  // of the moment, beside the gradient's
+    const double share = sign * projection_.residual_scale * adamw_.beta1 / (1 - adamw_.beta1);
+    const at::Tensor idle = active.logical_not().view({-1, 1, 1});
+    add_products_(x.grads, x.bases, old_mean.mul(share).masked_fill_(idle, 0));
+    add_products_(x.grads, each(bases.to(x.bases.front().scalar_type())),
+                  new_mean.mul(-share).masked_fill_(idle, 0));
   }
 
   // ||S||_F^2 / r, of orthonormal bases the mean squared cosine of the angles between them, where `moving`.
@@ -348,24 +379,30 @@ class Step {
     turn.div_(s.size(1)).masked_fill_(moving.logical_not(), kNaN);
   }
 
-  // Moments, and one product into each weight: W <- decay W + Q N; where a residual is put to use or weights
-  // are rounded stochastically, by tiles.
+  // Moments, and one product into each weight: W <- decay W + Q N; where the residual makes a step too or
+  // weights are rounded stochastically, by tiles.
   void apply(const Group& x, const at::Tensor& projected, const at::Tensor& outcomes) const {
     const Kernels& kernels = kernels_for(projected);
-    const bool has_residual = projection_.residual != Residual::drop;
-    const at::Tensor kept = has_residual ? projected.clone() : at::Tensor();  // R, before it becomes N
+    const at::Tensor r = projection_.residual == Residual::drop ? at::Tensor() : projected.clone();
     const at::Tensor factors = at::empty({x.count(), 3}, projected.options().dtype(at::kDouble));
     kernels.step_factors(factors, x.steps, lr_, outcomes, adamw_);
+    const at::Tensor decays = factors.select(1, 2).clone();
+    if (projection_.residual == Residual::scaled) {
+      // Directions first, whose norms are compared: their lengths are not to depend on the learning rate.
+      AdamWOptions unit = adamw_;
+      unit.scale = 1;
+      unit.weight_decay = 0;
+      kernels.step_factors(factors, x.steps, at::ones({}, factors.options()), outcomes, unit);
+    }
     kernels.adam(projected, x.exp_avgs, x.exp_avg_sqs, factors, outcomes, adamw_);
-    if (!asynchronous_ && !moves(outcomes.const_data_ptr<uint8_t>()[0])) return decay(x, factors);
+    if (!asynchronous_ && !moves(outcomes.const_data_ptr<uint8_t>()[0])) return decay(x, decays);
+    if (projection_.residual == Residual::feedback) keep_errors(x, r, outcomes);
+    const WeightStep step = weight_step(x, projected, r, decays, outcomes);
     const at::ScalarType dtype = x.weights.front().scalar_type();
     if (projection_.stochastic_rounding && (dtype == at::kBFloat16 || dtype == at::kHalf)) {
-      const RowRounding rounding{x.keys, x.steps, x.side == Side::right};
-      return add_by_tiles_(weight_step(x, projected, kept, factors, outcomes), rounding);
+      return add_by_tiles_(step, RowRounding{x.keys, x.steps, x.side == Side::right});
     }
-    if (has_residual) {
-      return add_by_tiles_(weight_step(x, projected, kept, factors, outcomes), std::nullopt);
-    }
+    if (step.residual != Residual::drop) return add_by_tiles_(step, std::nullopt);
     if (kernels.products) {
       const at::Tensor decay = lr_.mul(-adamw_.weight_decay).add_(1).to(projected.scalar_type());
       // Without decay what is skipped adds a step of 0, and no one need look.
@@ -375,27 +412,49 @@ class Step {
     for (int64_t i = 0; i < x.count(); ++i) {
       const auto at = static_cast<size_t>(i);
       add_product_(x.weights[at], x.bases[at].to(projected.scalar_type()), projected.select(0, i),
-                   factors.select(0, i).select(0, 2));
+                   decays.select(0, i));
     }
   }
 
   // Of a single matrix that makes no step.
-  static void decay(const Group& x, const at::Tensor& factors) {
-    const at::Tensor decay = factors.select(0, 0).select(0, 2);
-    if (decay.item<double>() != 1) at::Tensor(x.weights.front()).mul_(decay);
+  static void decay(const Group& x, const at::Tensor& decays) {
+    if (decays.item<double>() != 1) at::Tensor(x.weights.front()).mul_(decays.select(0, 0));
   }
 
-  WeightStep weight_step(const Group& x, const at::Tensor& steps, const at::Tensor& projected,
-                         const at::Tensor& factors, const at::Tensor& outcomes) const {
-    const at::Tensor decays = factors.select(1, 2).contiguous();
-    at::Tensor lengths;
-    if (projected.defined()) {
-      const double sign = adamw_.maximize ? 1 : -1;
-      lengths = outcomes.ge(code(Outcome::stepped)).to(at::kDouble).mul_(lr_);
-      lengths.mul_(sign * adamw_.scale * projection_.residual_scale);
-      if (adamw_.arithmetic != Arithmetic::torch) lengths.mul_(decays);  // which comes last there
+  // What moves the weights, of the residual too where that makes a step; `steps` become those of the
+  // subspace's share.
+  WeightStep weight_step(const Group& x, const at::Tensor& steps, const at::Tensor& r,
+                         const at::Tensor& decays, const at::Tensor& outcomes) const {
+    WeightStep result{
+        .weights = x.weights, .grads = x.grads, .bases = x.bases, .decays = decays, .steps = steps};
+    if (projection_.residual != Residual::sign && projection_.residual != Residual::scaled) return result;
+    result.residual = projection_.residual;
+    const at::Tensor moving = outcomes.ge(code(Outcome::stepped));
+    at::Tensor rates = moving.to(at::kDouble).mul_(lr_).mul_(adamw_.scale);
+    if (adamw_.arithmetic != Arithmetic::torch) rates.mul_(decays);  // which comes last there
+    const at::Tensor lengths = rates.mul((adamw_.maximize ? 1 : -1) * projection_.residual_scale);
+    if (result.residual == Residual::sign) {
+      result.projected = r;
+      result.lengths = lengths;
+      return result;
     }
-    return {x.weights, x.grads, x.bases, decays, steps, projected, lengths};
+    const auto of_matrix = [&](const at::Tensor& t) { return t.to(steps.scalar_type()).view({-1, 1, 1}); };
+    result.column_scales = limited_scales(x.grads, steps, r, lengths, x.residual_states, moving);
+    at::Tensor(steps).mul_(of_matrix(rates));
+    r.masked_fill_(moving.logical_not().view({-1, 1, 1}), 0);
+    at::Tensor(steps).addcmul_(r, result.column_scales.unsqueeze(1), -1);
+    return result;
+  }
+
+  // error <- G - Q R, G with the error that it was fed, where there is a step.
+  void keep_errors(const Group& x, const at::Tensor& r, const at::Tensor& outcomes) const {
+    const at::Tensor idle = outcomes.lt(code(Outcome::stepped));
+    const Matrices idle_each = each(idle);
+    for (size_t i = 0; i < x.grads.size(); ++i) {
+      at::Tensor error = x.residual_states[i];
+      error.copy_(asynchronous_ ? at::where(idle_each[i], error, x.grads[i]) : x.grads[i]);
+    }
+    add_products_(x.residual_states, x.bases, r.neg().masked_fill_(idle.view({-1, 1, 1}), 0));
   }
 
   static at::Tensor finite(const at::Tensor& projected) {
@@ -411,9 +470,12 @@ class Step {
 };
 
 // Matrices of one kind in lists that may be stepped together; on a CPU each for itself.
-std::vector<Group> groups_of(const std::vector<ProjectedParameter>& parameters, uint64_t seed,
-                             bool asynchronous) {
-  constexpr int64_t kMostEntries = int64_t{1} << 26;  // of projected gradients together: what a step holds
+std::vector<Group> groups_of(const std::vector<ProjectedParameter>& parameters,
+                             const ProjectionOptions& projection, bool asynchronous) {
+  constexpr int64_t kMostEntries = int64_t{1} << 26;  // of what a step holds of all matrices together
+  const auto entries_held = [&](const ProjectedParameter& p) {
+    return projection.residual == Residual::feedback ? p.weight.numel() : p.exp_avg.values.numel();
+  };
   std::vector<Group> groups;
   std::vector<size_t> heads;  // the parameter that each group began with
   const auto of_one_kind = [](const ProjectedParameter& p, const ProjectedParameter& q) {
@@ -433,14 +495,14 @@ std::vector<Group> groups_of(const std::vector<ProjectedParameter>& parameters, 
     for (int64_t j = 0; j < count; ++j) {
       size_t g = groups.size();
       for (size_t k = 0; asynchronous && k < groups.size(); ++k) {
-        const int64_t entries = (groups[k].count() + 1) * p.exp_avg.values.numel() / count;
+        const int64_t entries = (groups[k].count() + 1) * entries_held(p) / count;
         if (of_one_kind(parameters[heads[k]], p) && entries <= kMostEntries) g = k;
       }
       if (g == groups.size()) {
         groups.emplace_back();
         heads.push_back(i);
       }
-      add_matrix(groups[g], p, i, j, seed);
+      add_matrix(groups[g], p, i, j, projection.seed);
     }
   }
   return groups;
@@ -456,7 +518,7 @@ at::Tensor projected_adamw_(const std::vector<ProjectedParameter>& parameters, c
   if (parameters.empty()) return at::empty({0}, byte);
   const at::Tensor& first = parameters.front().weight;
   const bool waitless = asynchronous.value_or(false) || !first.is_cpu();  // there the host may not look
-  const std::vector<Group> groups = groups_of(parameters, projection.seed, waitless);
+  const std::vector<Group> groups = groups_of(parameters, projection, waitless);
   std::vector<double> costs;
   for (const Group& x : groups) {
     costs.push_back(static_cast<double>(x.bases.front().size(1)) *

@@ -24,7 +24,8 @@ struct ProjectionOptions {
   uint64_t seed;                     // of test matrices and of rounding
   bool stochastic_rounding = false;  // of bf16 and fp16 weights
   Residual residual = Residual::drop;
-  double residual_scale = 1;  // of the residual's step, beside that of the step within the subspace
+  double residual_scale = 1;  // of the residual's step, beside that of the step within the subspace; of what
+                              // is fed back
 };
 
 // One parameter: a matrix (m x n) or a stack of matrices (e x m x n).
@@ -37,6 +38,9 @@ struct ProjectedParameter {
   int64_t key;              // matrix id of the first of the stack, for the test matrix
   int64_t refresh;          // which refresh is due, counted from 0; -1: none
   at::Tensor coefficients;  // the projected gradient where a refresh made elsewhere has it; else undefined
+  // Residual::scaled: fp32, a number a matrix, the norm of its last residual step, 0: none yet; feedback:
+  // what is to be added to the gradient, like the weight; else undefined.
+  at::Tensor residual_state{};
 };
 
 // On a CPU every matrix is one piece of work for one thread (parallel.h).  Elsewhere matrices of one shape
@@ -44,7 +48,8 @@ struct ProjectedParameter {
 // decided there.  `asynchronous` says which; by default it goes by the device.
 //
 // Beside the projected gradient of each matrix in flight nothing of its long side is allocated, but for the
-// test matrix, the panels and the moments of a refresh.  Nothing of a matrix is written before its projected
+// test matrix, the panels and the moments of a refresh, and with Residual::feedback its gradient and error
+// together.  Nothing of a matrix is written before its projected
 // gradient is known to be finite.
 //
 // Where refresh_seconds is defined (fp64, one number a parameter, on the CPU), the wall-clock time of each

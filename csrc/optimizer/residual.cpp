@@ -1,9 +1,13 @@
 #include "optimizer/residual.h"
 
+#include <ATen/ops/_foreach_copy.h>
 #include <ATen/ops/addmm.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/mm.h>
+#include <ATen/ops/minimum.h>
 #include <ATen/ops/ones.h>
+#include <ATen/ops/stack.h>
+#include <ATen/ops/where.h>
+#include <ATen/ops/zeros.h>
 
 #include <algorithm>
 
@@ -32,6 +36,40 @@ void multiply_(const at::Tensor& c, const Matrices& a, const Matrices& b, int be
   }
 }
 
+// Successive tiles of matrices of one shape, the same rows of several.  Those of the left form, or of its
+// transpose where `turned`.
+class Tiles {
+ public:
+  Tiles(const Matrices& matrices, bool turned)
+      : count_(static_cast<int64_t>(matrices.size())),
+        rows_(matrices.front().size(turned ? 1 : 0)),
+        cols_(matrices.front().size(turned ? 0 : 1)) {
+    // On a CPU a tile stays in the second-level cache; elsewhere launches cost more.
+    const int64_t entries = matrices.front().is_cpu() ? 1 << 16 : 1 << 26;
+    most_rows_ = std::clamp<int64_t>(entries / cols_, 1, rows_);
+    most_ = std::clamp<int64_t>(entries / (most_rows_ * cols_), 1, count_);
+  }
+
+  int64_t cols() const { return cols_; }
+  int64_t most_entries() const { return most_ * most_rows_ * cols_; }
+
+  // Calls f(first matrix, how many, first row, how many).
+  template <class F>
+  void for_each(const F& f) const {
+    for (int64_t first = 0; first < count_; first += most_) {
+      for (int64_t start = 0; start < rows_; start += most_rows_) {
+        f(first, std::min(most_, count_ - first), start, std::min(most_rows_, rows_ - start));
+      }
+    }
+  }
+
+ private:
+  int64_t count_, rows_, cols_, most_rows_, most_;
+};
+
+// Whether memory follows the columns of the left form.
+bool is_turned(const at::Tensor& matrix) { return matrix.stride(0) < matrix.stride(1); }
+
 // Those whose rows do not lie in one piece each, copied.
 Matrices with_rows_in_one_piece(Matrices matrices) {
   for (at::Tensor& matrix : matrices) {
@@ -45,8 +83,7 @@ Matrices with_rows_in_one_piece(Matrices matrices) {
 void add_by_tiles_(const WeightStep& x, const std::optional<RowRounding>& rounding) {
   const at::Tensor& w = x.weights.front();
   const Kernels& kernels = kernels_for(w);
-  // Tiles follow the memory, or the rows of the parameter: those of the left form or of its transpose.
-  const bool turned = rounding ? rounding->rows_are_columns : w.stride(0) < w.stride(1);
+  const bool turned = rounding ? rounding->rows_are_columns : is_turned(w);
   const Matrices weights = turned ? transposed(x.weights) : x.weights;
   const Matrices grads = turned ? transposed(x.grads) : x.grads;
   const at::ScalarType dtype = kernels.products ? x.bases.front().scalar_type() : x.steps.scalar_type();
@@ -56,49 +93,82 @@ void add_by_tiles_(const WeightStep& x, const std::optional<RowRounding>& roundi
     return std::pair{turned ? transposed(each(stack.to(dtype))) : bases,
                      turned ? transposed(bases) : each(stack.to(dtype))};
   };
-  const auto [step_left, step_right] = factors(x.steps);
-  const auto [projected_left, projected_right] =
-      x.projected.defined() ? factors(x.projected) : std::pair<Matrices, Matrices>{};
-
-  const int64_t rows = weights.front().size(0), cols = weights.front().size(1);
-  const auto count = static_cast<int64_t>(weights.size());
-  // On a CPU a tile stays in the second-level cache; elsewhere launches cost more.
-  const int64_t entries = w.is_cpu() ? 1 << 16 : 1 << 26;
-  const int64_t most_rows = std::clamp<int64_t>(entries / cols, 1, rows);
-  const int64_t most = std::clamp<int64_t>(entries / (most_rows * cols), 1, count);
-  const at::Tensor memory = at::empty({most * most_rows * cols}, x.steps.options());
-  for (int64_t first = 0; first < count; first += most) {
-    const int64_t together = std::min(most, count - first);
-    const auto some = [&](const Matrices& list) {
-      return rows_of(list, first, together, 0, list[0].size(0));
+  const auto steps = factors(x.steps);
+  const bool signs = x.residual == Residual::sign;
+  const auto projected = signs ? factors(x.projected) : std::pair<Matrices, Matrices>{};
+  const Tiles tiles(x.weights, turned);
+  const at::Tensor memory = at::empty({tiles.most_entries()}, x.steps.options());
+  tiles.for_each([&](int64_t first, int64_t count, int64_t start, int64_t height) {
+    const at::Tensor tile =
+        memory.narrow(0, 0, count * height * tiles.cols()).view({count, height, tiles.cols()});
+    const auto rows = [&](const Matrices& list) { return rows_of(list, first, count, start, height); };
+    const auto product = [&](const std::pair<Matrices, Matrices>& of, int beta) {
+      multiply_(tile, rows(of.first), rows_of(of.second, first, count, 0, of.second.front().size(0)), beta);
     };
-    for (int64_t start = 0; start < rows; start += most_rows) {
-      const int64_t height = std::min(most_rows, rows - start);
-      const at::Tensor tile = memory.narrow(0, 0, together * height * cols).view({together, height, cols});
-      const auto part = [&](const Matrices& list) { return rows_of(list, first, together, start, height); };
-      if (x.projected.defined()) {
-        multiply_(tile, part(projected_left), some(projected_right), 0);
-        kernels.signs_of_difference_(tile, with_rows_in_one_piece(part(grads)),
-                                     x.lengths.narrow(0, first, together));
-      }
-      multiply_(tile, part(step_left), some(step_right), x.projected.defined() ? 1 : 0);
-      const Matrices targets = part(weights), in_one_piece = with_rows_in_one_piece(targets);
-      if (rounding) {
-        for (int64_t i = 0; i < together; ++i) {
-          const auto at = static_cast<size_t>(first + i);
-          const SketchKey& key = rounding->keys[at];
-          kernels.add_rounded_(in_one_piece[static_cast<size_t>(i)], tile.select(0, i),
-                               x.decays.select(0, first + i), key.seed, key.matrix,
-                               rounding->counts[at].to(at::kDouble), start * cols);
-        }
-      } else {
-        kernels.add_(in_one_piece, tile, x.decays.narrow(0, first, together));
-      }
-      for (size_t i = 0; i < targets.size(); ++i) {
-        if (!in_one_piece[i].is_same(targets[i])) at::Tensor(targets[i]).copy_(in_one_piece[i]);
-      }
+    if (signs) {
+      product(projected, 0);
+      kernels.signs_of_difference_(tile, with_rows_in_one_piece(rows(grads)),
+                                   x.lengths.narrow(0, first, count));
     }
-  }
+    product(steps, signs ? 1 : 0);
+    if (x.residual == Residual::scaled) {
+      const at::Tensor scales = x.column_scales.narrow(0, first, count);
+      kernels.add_scaled_(tile, with_rows_in_one_piece(rows(grads)),
+                          turned ? scales.narrow(1, start, height) : scales, turned ? 0 : 1);
+    }
+    const Matrices targets = rows(weights), in_one_piece = with_rows_in_one_piece(targets);
+    if (rounding) {
+      for (int64_t i = 0; i < count; ++i) {
+        const auto at = static_cast<size_t>(first + i);
+        const SketchKey& key = rounding->keys[at];
+        kernels.add_rounded_(in_one_piece[static_cast<size_t>(i)], tile.select(0, i),
+                             x.decays.select(0, first + i), key.seed, key.matrix,
+                             rounding->counts[at].to(at::kDouble), start * tiles.cols());
+      }
+    } else {
+      kernels.add_(in_one_piece, tile, x.decays.narrow(0, first, count));
+    }
+    for (size_t i = 0; i < targets.size(); ++i) {
+      if (!in_one_piece[i].is_same(targets[i])) at::Tensor(targets[i]).copy_(in_one_piece[i]);
+    }
+  });
+}
+
+namespace {
+
+// The squared norms of the columns of matrices in the left form, fp64 [B, columns].
+at::Tensor squared_columns(const Matrices& matrices) {
+  const at::Tensor& front = matrices.front();
+  const bool turned = is_turned(front);
+  const Matrices list = turned ? transposed(matrices) : matrices;
+  const at::Tensor sums =
+      at::zeros({static_cast<int64_t>(matrices.size()), front.size(1)}, front.options().dtype(at::kDouble));
+  Tiles(matrices, turned).for_each([&](int64_t first, int64_t count, int64_t start, int64_t height) {
+    const at::Tensor some = sums.narrow(0, first, count);
+    kernels_for(front).add_squares_(turned ? some.narrow(1, start, height) : some,
+                                    with_rows_in_one_piece(rows_of(list, first, count, start, height)),
+                                    turned ? 1 : 0);
+  });
+  return sums;
+}
+
+}  // namespace
+
+at::Tensor limited_scales(const Matrices& grads, const at::Tensor& directions, const at::Tensor& projected,
+                          const at::Tensor& lengths, const Matrices& norms, const at::Tensor& moving) {
+  constexpr double kMostGrowth = 1.01, kMostSquared = 1e60;  // phi within fp32
+  const at::Tensor within = squared_columns(each(projected));
+  const at::Tensor phi_squared =
+      at::where(within.gt(0), squared_columns(each(directions)).div_(within), 0.0).clamp_max_(kMostSquared);
+  // ||E_j||^2 by Pythagoras: the residual itself is not there yet.
+  const at::Tensor outside = squared_columns(grads).sub_(within).clamp_min_(0);
+  const at::Tensor norm = at::where(phi_squared.gt(0), outside.mul_(phi_squared), 0.0).sum(1).sqrt_();
+  const at::Tensor last = at::stack(norms).to(at::kDouble);
+  const at::Tensor limited = at::where(last.gt(0), at::minimum(norm, last.mul(kMostGrowth)), norm);
+  const at::Tensor usable = norm.gt(0).logical_and_(norm.isfinite()).logical_and_(moving);
+  const at::Tensor factors = at::where(usable, limited.div(norm).mul_(lengths), 0.0);
+  at::_foreach_copy_(norms, each(at::where(usable, limited, last).to(at::kFloat)));
+  return phi_squared.sqrt().mul_(factors.unsqueeze(1)).to(projected.scalar_type());
 }
 
 }  // namespace galore_rrf

@@ -12,18 +12,22 @@
 namespace galore_rrf {
 
 enum class Residual {
-  drop,  // GaLore (Zhao et al. 2024)
-  sign   // the sign of every entry of E (FRUGAL, Zmushko et al. 2024)
+  drop,     // GaLore (Zhao et al. 2024)
+  scaled,   // every column of E times ||N_j|| / ||R_j||, its growth limited (Fira, Chen et al. 2024)
+  sign,     // the sign of every entry of E (FRUGAL, Zmushko et al. 2024)
+  feedback  // E added to the next gradient (LDAdam, Robert et al. 2024)
 };
 
 // What moves the weights of matrices of one shape, each in the left form: weights and gradients s x l, bases
-// s x r, the rest B x r x l.
+// s x r, all else B x r x l but where it says.
 struct WeightStep {
   const Matrices &weights, &grads, &bases;
-  at::Tensor decays;     // fp64 [B]
-  at::Tensor steps;      // N, their lengths included
-  at::Tensor projected;  // R; undefined: no residual is used
-  at::Tensor lengths;    // fp64 [B]: of the residual's step, with its sign; 0 where a matrix is left alone
+  at::Tensor decays;  // fp64 [B]
+  at::Tensor steps;   // N, their lengths included
+  Residual residual = Residual::drop;
+  at::Tensor projected{};      // R, for signs
+  at::Tensor lengths{};        // of the signs, fp64 [B], with their sign; 0 where a matrix is left alone
+  at::Tensor column_scales{};  // of the gradients where E is scaled, B x l
 };
 
 // Stochastic rounding of weights in bf16 and fp16, whose bits follow the rows of the parameter.
@@ -33,8 +37,15 @@ struct RowRounding {
   bool rows_are_columns;                  // of the left form
 };
 
-// W <- decay W + Q N + length sign(G - Q R), a tile of rows at a time: beside the tile nothing as large as a
-// weight is made.  Nobody waits for a device.
+// W <- decay W + Q N, + lengths sign(G - Q R) or + G diag(scales), a tile of rows at a time: beside the tile
+// nothing as large as a weight is made.  Nobody waits for a device.
 void add_by_tiles_(const WeightStep& x, const std::optional<RowRounding>& rounding);
+
+// Fira's residual.  directions: N without lengths; `norms` (fp32 scalars) keep the norm of the last residual
+// step, 0: none yet, beyond 1.01 of which the next does not go, and stay where not `moving` (bool [B]).
+// Returns the scales of the columns of E, B x l, 0 where a matrix is left alone: `lengths` (fp64 [B]) times
+// phi, limited.
+at::Tensor limited_scales(const Matrices& grads, const at::Tensor& directions, const at::Tensor& projected,
+                          const at::Tensor& lengths, const Matrices& norms, const at::Tensor& moving);
 
 }  // namespace galore_rrf

@@ -3,6 +3,7 @@
 #include <ATen/ops/addmm.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/mm.h>
+#include <ATen/ops/ones.h>
 #include <ATen/ops/stack.h>
 
 #include "kernels.h"
@@ -88,6 +89,15 @@ void multiply_out(const Matrices& out, const Matrices& a, const Matrices& b) {
   const auto products = kernels_for(a.front()).products;
   if (products && products(out, a, b, /*beta=*/{}, /*outcomes=*/{})) return;
   for (size_t i = 0; i < a.size(); ++i) multiply_out(out[i], a[i], b[i].to(compute_dtype(a[i])));
+}
+
+void add_products_(const Matrices& w, const Matrices& x, const at::Tensor& y) {
+  const at::Tensor one = at::ones({}, y.options());
+  const auto products = kernels_for(y).products;
+  if (products && products(w, x, each(y.to(x.front().scalar_type())), one, /*outcomes=*/{})) return;
+  for (size_t i = 0; i < w.size(); ++i) {
+    add_product_(w[i], x[i].to(y.scalar_type()), y.select(0, static_cast<int64_t>(i)), one);
+  }
 }
 
 at::Tensor scaled_down(const at::Tensor& b, const at::Tensor& exponents) {

@@ -38,6 +38,9 @@ at::Tensor stacked(const Matrices& matrices, at::ScalarType dtype);
 // out[i] <- a[i] b[i], a the large operands.
 void multiply_out(const Matrices& out, const Matrices& a, const Matrices& b);
 
+// w[i] <- w[i] + x[i] y[i], y a stack; w the large operands.
+void add_products_(const Matrices& w, const Matrices& x, const at::Tensor& y);
+
 // 2^-exponents b of a stack; exponents as in scaling.h.
 at::Tensor scaled_down(const at::Tensor& b, const at::Tensor& exponents);
 

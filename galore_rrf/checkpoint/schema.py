@@ -14,6 +14,7 @@ from galore_rrf import moments
 from galore_rrf.subspace import (
     BOTH,
     LEFT,
+    RESIDUAL_STATES,
     RIGHT,
     SCHEMA_VERSION,
     STATE_KEYS,
@@ -25,6 +26,7 @@ from galore_rrf.subspace import (
     is_torchs,
     modes_of,
     projected_shape,
+    residual_shapes,
     resolve,
     state_shapes,
 )
@@ -117,7 +119,8 @@ def check_projected_state(name: str, p: Tensor, saved: Mapping[str, Any]) -> Non
             f"the state of {name}, which is projected, lacks {', '.join(missing)}"
             + (f"; it looks like plain AdamW's or galore_torch's: {_IMPORT}" if foreign else "")
         )
-    known = (*STATE_KEYS, *moments.SCALES, "basis_right", *(f"basis_{i}" for i in range(p.dim())))
+    more = ("basis_right", *(f"basis_{i}" for i in range(p.dim())), *RESIDUAL_STATES.values())
+    known = (*STATE_KEYS, *moments.SCALES, *more)
     unknown = [str(key) for key in saved if key not in known]
     if unknown:
         raise ValueError(f"the state of {name} has unknown keys {', '.join(unknown)}")
@@ -156,6 +159,9 @@ def check_projected_state(name: str, p: Tensor, saved: Mapping[str, Any]) -> Non
     _check_moments(name, saved, shape, needs, scale)
     for key, basis in bases.items():
         check_tensor(f"{key} of {name}", saved[key], basis, needs)
+    for key, (shape, _) in residual_shapes(p).items():
+        if key in saved:
+            check_tensor(f"{key} of {name}", saved[key], shape, needs)
 
 
 def _check_rank(name: str, p: Tensor, side: int, rank: int) -> None:
@@ -250,6 +256,11 @@ def _projected_state(p: Tensor, saved: Mapping[str, Any], state_dtype: torch.dty
         "step": step_tensor(saved),
         **_moments(p, saved, state_dtype),
         **{key: copied(p, basis, p.dtype) for key, basis in bases_of(saved).items()},
+        **{
+            key: copied(p, saved[key], dtype)
+            for key, (_, dtype) in residual_shapes(p).items()
+            if key in saved
+        },
         **{key: saved[key] for key in INTS},
     }
 

@@ -29,7 +29,8 @@ const void* of_matrices() {
 
 template <class T, class Listed>
 const void* of_steps() {
-  return instances(signs_of_difference<T, Listed>, add_stack<T, Listed>);
+  return instances(signs_of_difference<T, Listed>, add_scaled_list<T, Listed>, add_squares_of_rows<T, Listed>,
+                   add_squares_of_columns<T, Listed>, add_stack<T, Listed>);
 }
 
 const void* const all[] = {

@@ -21,8 +21,8 @@ def operands(shape, dtype, gap=0):
     return stack, memory, 0.5 + torch.arange(shape[0], dtype=torch.float64)
 
 
-def call(name, stack, memory, factors, blocks=BLOCKS):
-    whole = [DTYPES.index(memory.dtype), *stack.shape, memory.shape[-1], blocks]
+def call(name, stack, memory, factors, blocks=BLOCKS, *more):
+    whole = [DTYPES.index(memory.dtype), *stack.shape, memory.shape[-1], blocks, *more]
     host_kernels.call(name, whole, [], [stack, memory, factors])
 
 
@@ -49,6 +49,36 @@ def test_signs_of_no_numbers():
     stack = torch.tensor([[[1.0, nan, nan, inf, 1.0, 1.0, -inf]]])
     call("signs_of_difference", stack, memory, torch.tensor([3.0], dtype=torch.float64))
     assert stack.view(-1).tolist() == [0, 0, 0, 0, 3, -3, 3]
+
+
+@pytest.mark.parametrize("blocks", [1, BLOCKS])
+@pytest.mark.parametrize("dim", [0, 1])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_scaled_rows_and_columns(shape, dtype, dim, blocks):
+    """Guards against the scale of another row, column or matrix, an entry left out, and NaN times 0."""
+    stack, memory, _ = operands(shape, dtype, 3)
+    scales = torch.arange(1, 1 + shape[0] * shape[1 + dim], dtype=stack.dtype).view(shape[0], -1)
+    scales[0, 0] = 0
+    scale = scales.unsqueeze(2 - dim)
+    given = memory[..., : shape[-1]].to(stack.dtype)
+    expected = stack + scale * given
+    memory[..., : shape[-1]].masked_fill_(scale.expand_as(given) == 0, math.nan)
+    call("add_scaled", stack, memory, scales, blocks, dim)
+    assert torch.equal(stack, expected)
+
+
+@pytest.mark.parametrize("blocks", [1, BLOCKS])
+@pytest.mark.parametrize("dim", [0, 1])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_squares_of_rows_and_columns(shape, dtype, dim, blocks):
+    """Guards against an entry left out or met twice, and sums that are not added to what is there."""
+    stack, memory, _ = operands(shape, dtype, 3)
+    sums = torch.ones(shape[0], shape[2 - dim], dtype=torch.float64)
+    expected = 1 + memory[..., : shape[-1]].double().square().sum(1 + dim)
+    call("add_squares", stack, memory, sums, blocks, dim)
+    torch.testing.assert_close(sums, expected, rtol=1e-14, atol=0)
 
 
 @pytest.mark.parametrize("blocks", [1, BLOCKS])
