@@ -60,6 +60,29 @@ def test_any_valid_options_train(device, keys, tolerance, shape, dtype):
         assert settled(opt)[p]["refreshes"] > 0
 
 
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(
+    keys=OPTIONS,
+    proj_type=st.sampled_from(["full", "tucker"]),
+    shape=st.lists(st.integers(1, 9), min_size=2, max_size=5).map(tuple),
+    dtype=st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.float16]),
+)
+def test_any_tensor_is_projected_on_several_modes(device, keys, proj_type, shape, dtype):
+    """Guards against a mode with fewer fibers than the rank, and a state that does not load."""
+    keys = {**keys, "proj_type": proj_type, "residual": "drop"}
+    p = torch.nn.Parameter(torch.ones(shape, dtype=dtype, device=device))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        opt = GaLoreAdamW([{"params": [p], **keys}], eps=1e-4)
+    train(opt, [p], range(4))
+    assert p.isfinite().all()
+    if "side" in opt.state[p]:
+        check_state(p, opt.state[p], keys["rank"])
+    opt.load_state_dict(opt.state_dict())
+    train(opt, [p], range(4, 6))
+    assert p.isfinite().all()
+
+
 # --- Any mix of groups ----------------------------------------------------------------------------------------
 
 VALUES = {
