@@ -1,6 +1,7 @@
 """What the optimizer says of its subspaces, against what LAPACK says of their bases in fp64."""
 
 import copy
+import itertools
 import math
 import pickle
 
@@ -186,6 +187,39 @@ def test_seconds_add_up(keys):
     assert sum(r.state_bytes for r in records) == state_bytes(opt)
 
 
+@pytest.mark.parametrize("keys", [{"tolerance": 0.3}, {"projector": "svd"}])
+def test_seconds_are_shared_by_cost(keys, monkeypatch):
+    """Guards against time that several parameters have each in full."""
+    named = [(name, torch.nn.Parameter(torch.randn(12, n))) for name, n in (("small", 8), ("large", 24))]
+    opt = GaLoreAdamW([{"params": named, "rank": 4, "update_proj_gap": 3, **keys}])
+    monkeypatch.setattr("galore_rrf.optimizer.time.perf_counter", itertools.count(step=2.0).__next__)
+    train(opt, [p for _, p in named], range(5))
+    assert opt.refresh_seconds == pytest.approx(2 * 2.0)
+    small, large = opt.diagnostics()
+    assert small.refresh_seconds + large.refresh_seconds == pytest.approx(4.0)
+    if "projector" in keys:
+        assert large.refresh_seconds == pytest.approx(3 * small.refresh_seconds), (
+            "of as many times the entries"
+        )
+
+
+def test_measured_beside_anothers_refresh():
+    """Guards against numbers of another step, or that pass for those of the last refresh."""
+    named = [(name, torch.nn.Parameter(torch.randn(12, 8))) for name in "ab"]
+    (_, a), (_, b) = named
+    opt = GaLoreAdamW([{"params": named, "rank": 3, "update_proj_gap": 3}])
+    train(opt, [a], [1])
+    train(opt, [a, b], [2, 3, 4])  # a is refreshed in the last of these, b in the first
+    first, second = opt.diagnostics()
+    assert (first.since_refresh, first.measured_after) == (0, 0)
+    assert (second.since_refresh, second.measured_after) == (2, 2)
+    kept, energy = energies(opt.state[b], b.grad)
+    assert second.gradient_norm == pytest.approx(math.sqrt(energy), rel=1e-5)
+    assert second.energy_kept == pytest.approx(kept / energy, rel=1e-5)
+    train(opt, [a, b], [5])
+    assert [r.measured_after for r in opt.diagnostics()] == [1, 0]
+
+
 def test_names():
     """Guards against records that cannot be told apart."""
     groups = [
@@ -327,9 +361,10 @@ def test_a_step_that_is_known_later(device):
         if step == 3:
             late.state_dict()  # settles, and tells no hook
     assert heard.names == straight.names[:-1]
+    said = ("name", "steps", "since_refresh", *MEASURED[:3])
     for (_, found), (_, expected) in zip(heard.calls, straight.calls, strict=False):
-        assert [[getattr(r, name) for name in MEASURED[:3]] for r in found] == [
-            [getattr(r, name) for name in MEASURED[:3]] for r in expected
+        assert [[getattr(r, key) for key in said] for r in found] == [
+            [getattr(r, key) for key in said] for r in expected
         ]
     assert [r.refreshes for r in late.diagnostics()] == [r.refreshes for r in opt.diagnostics()]
     assert [r.energy_kept for r in late.diagnostics()] == [r.energy_kept for r in opt.diagnostics()]
