@@ -23,7 +23,7 @@ def main() -> int:
     print(f"\nCurves: {args.out}")
     if any((folder / "diagnostics.jsonl").exists() for folder in args.runs):
         subspaces = args.out.with_name(f"{args.out.stem}_subspaces.png")
-        plot_diagnostics(args.runs, subspaces)
+        plot_diagnostics(args.runs, subspaces, [run.label for run in runs])
         print(f"Subspaces: {subspaces}")
     return 0
 

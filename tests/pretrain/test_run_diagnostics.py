@@ -211,6 +211,8 @@ def test_figure_of_several_runs(tmp_path):
     assert rank.lines[1].get_ydata().tolist() == [3]
     (legend,) = figure.legends
     assert [t.split(":")[0] for t in legend_texts(legend)] == ["a", "c"]
+    (legend,) = diagnostics_figure(folders[::2], ["same", "same"]).legends
+    assert [t.split(":")[0] for t in legend_texts(legend)] == ["same", "same"]
     done = plot_runs(*folders, "--out", tmp_path / "out.png")
     assert (done.returncode, done.stderr) == (0, "")
     assert "out_subspaces.png" in done.stdout

@@ -27,7 +27,15 @@ _LABELS = {
     "angle": ("Angle to the subspace before", "angle (degrees)", "magma"),
     "rank": ("Rank", "rank", "cividis"),
 }
-_NUMBERS = (*QUANTITIES, "gradient_norm", "residual_norm", "refresh_seconds", "state_bytes")
+_NUMBERS = (
+    *QUANTITIES,
+    "refreshes",
+    "gradient_norm",
+    "residual_norm",
+    "squared_cosine",
+    "refresh_seconds",
+    "state_bytes",
+)
 
 
 @dataclass(frozen=True)
@@ -70,20 +78,22 @@ def read_diagnostics(folder: Path) -> dict[str, Subspace]:
     }
 
 
-def diagnostics_figure(run_folders: Sequence[Path]) -> Figure:
+def diagnostics_figure(run_folders: Sequence[Path], labels: Sequence[str] | None = None) -> Figure:
     """See `plots.plot_diagnostics`."""
-    noted = {Path(folder): read_diagnostics(folder) for folder in run_folders}
-    noted = {folder: subspaces for folder, subspaces in noted.items() if subspaces}
+    names = labels or [Path(folder).resolve().name for folder in run_folders]
+    noted = [
+        (heading(name, read_config(folder)), subspaces)
+        for name, folder in zip(names, run_folders, strict=True)
+        if (subspaces := read_diagnostics(folder))
+    ]
     if not noted:
         raise UserError(
             f"{' and '.join(map(str, run_folders))}: no subspaces noted (galore runs with diagnostics_every do)"
         )
-    if len(run_folders) == 1:
-        return _figure_of_one(*noted.popitem())
-    return _figure_of_several(noted)
+    return _figure_of_one(*noted[0]) if len(run_folders) == 1 else _figure_of_several(noted)
 
 
-def _figure_of_one(folder: Path, subspaces: dict[str, Subspace]) -> Figure:
+def _figure_of_one(name: str, subspaces: dict[str, Subspace]) -> Figure:
     """Lines by kind beside a map of all layers, a row for every quantity."""
     shown = [q for q in _LABELS if q != "rank" or _varies(subspaces)]
     rows = _by_kind(subspaces)
@@ -101,20 +111,16 @@ def _figure_of_one(folder: Path, subspaces: dict[str, Subspace]) -> Figure:
         loc="outside lower center",
         ncols=min(7, len(rows)),
     )
-    figure.suptitle(
-        f"Subspaces of {len(subspaces)} matrices, each from its refresh on\n"
-        f"{heading(folder.resolve().name, read_config(folder))}",
-        fontsize=14,
-    )
+    figure.suptitle(f"Subspaces of {len(subspaces)} matrices, each from its refresh on\n{name}", fontsize=14)
     return figure
 
 
-def _figure_of_several(noted: Mapping[Path, dict[str, Subspace]]) -> Figure:
+def _figure_of_several(noted: Sequence[tuple[str, dict[str, Subspace]]]) -> Figure:
     """Means over all matrices, a panel for every quantity, a line for every run."""
     looks = [_look(i) for i in range(len(noted))]
     figure = Figure(figsize=(15, 5 + 0.35 * len(noted)), layout="constrained")
     for ax, quantity in zip(figure.subplots(1, len(_LABELS)), _LABELS, strict=True):
-        for subspaces, look in zip(noted.values(), looks, strict=True):
+        for (_, subspaces), look in zip(noted, looks, strict=True):
             steps = _grid(subspaces)
             _mean(ax, _table(list(subspaces.values()), steps, quantity), steps, look)
         title, unit, _ = _LABELS[quantity]
@@ -123,7 +129,7 @@ def _figure_of_several(noted: Mapping[Path, dict[str, Subspace]]) -> Figure:
         _limit(ax, quantity)
     figure.legend(
         [Line2D([], [], linewidth=2.5, **look) for look in looks],
-        [heading(folder.resolve().name, read_config(folder)) for folder in noted],
+        [name for name, _ in noted],
         loc="outside lower center",
     )
     figure.suptitle(f"Subspaces of {len(noted)} runs", fontsize=14)

@@ -36,14 +36,17 @@ def plot_ranks(run: Run, path: Path) -> None:
     _save(ranks_figure(run), path)
 
 
-def plot_diagnostics(run_folders: Sequence[Path], path: Path) -> None:
+def plot_diagnostics(run_folders: Sequence[Path], path: Path, labels: Sequence[str] | None = None) -> None:
     """Energy kept, angle and rank over training: of one run by kind, and as a map of layers and steps; of several
     the means, a line a run.
+
+    Args:
+        labels: what the runs are called; by default like their folders.
 
     Raises:
         UserError: where no run has noted any.
     """
-    _save(diagnostics_figure(run_folders), path)
+    _save(diagnostics_figure(run_folders, labels), path)
 
 
 def _save(figure: Figure, path: Path) -> None:
