@@ -73,6 +73,8 @@ def main() -> None:
         "warm bf16": stepper(torch.bfloat16, update_proj_gap=1, sketch="warm"),
         "8 bits": stepper(update_proj_gap=NEVER, state_dtype=torch.uint8),
         "warm, 8 bits": stepper(update_proj_gap=1, sketch="warm", state_dtype=torch.uint8),
+        **{mode: stepper(update_proj_gap=NEVER, residual=mode) for mode in ("sign", "scaled", "feedback")},
+        "sign bf16": stepper(torch.bfloat16, update_proj_gap=NEVER, residual="sign"),
     }
     ms = interleaved({"peer": stepper(cls=galore_torch, update_proj_gap=NEVER, **published), **ours}, 21)
     slow = interleaved({"peer": stepper(cls=galore_torch, update_proj_gap=1, **published)}, 3)
@@ -111,6 +113,10 @@ def main() -> None:
                 row("bf16 weights, step with refresh, warm", ms["warm bf16"], "fp32", ms["warm"], "<= 1.3"),
                 row("8-bit moments, step without refresh", ms["8 bits"], "fp32", ms["ours"], ""),
                 row("8-bit moments, step with refresh, warm", ms["warm, 8 bits"], "fp32", ms["warm"], ""),
+                row("residual: signs", ms["sign"], "dropped", ms["ours"], ""),
+                row("residual: scaled", ms["scaled"], "dropped", ms["ours"], ""),
+                row("residual: feedback", ms["feedback"], "dropped", ms["ours"], ""),
+                row("bf16 weights, residual: signs", ms["sign bf16"], "dropped", ms["ours bf16"], ""),
             ],
         )
     )

@@ -222,6 +222,21 @@ def test_state_follows_the_mode(device, residual, entries):
             assert set(opt.state[p]) == (plain if mode == "drop" else plain | entries)
 
 
+@pytest.mark.parametrize("strides", ["contiguous", "transposed", "strided"])
+@pytest.mark.parametrize(
+    ("dtype", "accuracy", "weight_accuracy"),
+    # Of states two units of the last place of what has been fed back, which is under 16.
+    [(torch.float32, 5e-4, 1e-4), (torch.bfloat16, 2.0**-3, 2.0**-5), (torch.float16, 2.0**-6, 2.0**-8)],
+    ids=str,
+)
+@pytest.mark.parametrize("parts", [PARTS, LARGE], ids=["small", "tiles"])
+@pytest.mark.parametrize("residual", ["scaled", "feedback"])
+def test_dtypes_and_layouts(device, same_sketch, residual, parts, dtype, accuracy, weight_accuracy, strides):
+    """Guards against strides or a dtype taken for another, and weights and gradients cut into tiles."""
+    state = Put(residual, parts, dtype, torch.float32, strides=strides, device=device)
+    follow(state, accuracy, weight_accuracy, schedule=(0, -1, 1))
+
+
 def test_of_nothing(device):
     """Guards against a step of noise where the residual is exactly zero: a gradient of zeros, rows of zeros."""
     state = State([((20, 12), 3, RIGHT), ((12, 20), 3, LEFT)], device=device)

@@ -4,6 +4,7 @@
 #include <ATen/ops/_foreach_add.h>
 #include <ATen/ops/_foreach_copy.h>
 #include <ATen/ops/add.h>
+#include <ATen/ops/cat.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/full.h>
 #include <ATen/ops/logical_and.h>
@@ -368,9 +369,11 @@ class Step {
     const double sign = adamw_.maximize ? -1 : 1;  // of the moment, beside the gradient's
     const double share = sign * projection_.residual_scale * adamw_.beta1 / (1 - adamw_.beta1);
     const at::Tensor idle = active.logical_not().view({-1, 1, 1});
-    add_products_(x.grads, x.bases, old_mean.mul(share).masked_fill_(idle, 0));
-    add_products_(x.grads, each(bases.to(x.bases.front().scalar_type())),
-                  new_mean.mul(-share).masked_fill_(idle, 0));
+    // One product, and what is in half precision is rounded once.
+    const at::Tensor old_bases = at::stack(x.bases);
+    const at::Tensor both = at::cat({old_bases, bases.to(old_bases.scalar_type())}, 2);
+    add_products_(x.grads, each(both),
+                  at::cat({old_mean, new_mean.neg()}, 1).mul_(share).masked_fill_(idle, 0));
   }
 
   // ||S||_F^2 / r, of orthonormal bases the mean squared cosine of the angles between them, where `moving`.
