@@ -25,8 +25,8 @@ class SubspaceRecord:
     """One projected parameter.
 
     Norms are Frobenius norms, of a stack of matrices those of all together.  They and the energy are of the last
-    step that was measured: every step with a refresh is.  NaN is what has not been measured, since this optimizer
-    object was made or loaded a state dict.
+    step that was measured, every step with a refresh is, and of the basis that this step used.  NaN is what has not
+    been measured since this optimizer object was made or loaded a state dict.
 
     Attributes:
         name: of the parameter, or its group and its place there.

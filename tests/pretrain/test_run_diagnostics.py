@@ -77,7 +77,7 @@ def test_runs_that_note_nothing(folder):
 def test_resumed_runs_note_the_same(folder, monkeypatch, step):
     """Guards against refreshes lost, or noted twice, by a run that goes back to a checkpoint."""
     straight, stopped = (
-        tiny(folder, f"{name} {step}", diagnostics_every=4, save_every=4) for name in ("straight", "stopped")
+        tiny(folder, f"{name} {step}", diagnostics_every=5, save_every=4) for name in ("straight", "stopped")
     )
     run(straight, resume=False)
     with monkeypatch.context() as patch:
