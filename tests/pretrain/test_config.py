@@ -12,7 +12,7 @@ from pretrain.errors import UserError
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
-RUNNABLE = [path for path in CONFIGS if not path.name.startswith(("compare", "pretrain"))]
+RUNNABLE = [path for path in CONFIGS if not path.name.startswith(("compare", "evidence", "pretrain"))]
 
 
 def written(folder, **fields):

@@ -16,7 +16,7 @@ from pretrain.results.subspaces import ranks_figure, spectra_figure
 
 def plot_curves(runs: Sequence[Run], path: Path) -> None:
     """Loss, perplexity and step time: of one run, with its learning rates and gradient norm, or of several."""
-    _save(curves_figure(runs), path)
+    save(curves_figure(runs), path)
 
 
 def plot_spectra(run_folder: Path, path: Path, kinds: Sequence[str] = ("gradient",)) -> None:
@@ -28,12 +28,12 @@ def plot_spectra(run_folder: Path, path: Path, kinds: Sequence[str] = ("gradient
     Raises:
         UserError: where the run has saved none of these.
     """
-    _save(spectra_figure(run_folder, kinds), path)
+    save(spectra_figure(run_folder, kinds), path)
 
 
 def plot_ranks(run: Run, path: Path) -> None:
     """The rank of every projected matrix over time; UserError where the run has written none."""
-    _save(ranks_figure(run), path)
+    save(ranks_figure(run), path)
 
 
 def plot_diagnostics(run_folders: Sequence[Path], path: Path, labels: Sequence[str] | None = None) -> None:
@@ -46,10 +46,11 @@ def plot_diagnostics(run_folders: Sequence[Path], path: Path, labels: Sequence[s
     Raises:
         UserError: where no run has noted any.
     """
-    _save(diagnostics_figure(run_folders, labels), path)
+    save(diagnostics_figure(run_folders, labels), path)
 
 
-def _save(figure: Figure, path: Path) -> None:
+def save(figure: Figure, path: Path) -> None:
+    """Writes a PNG; UserError where that cannot be."""
     try:
         figure.savefig(path, dpi=110, format="png")
     except OSError as error:
