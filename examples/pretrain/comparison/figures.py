@@ -11,8 +11,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from pretrain.comparison.outcome import Outcome, Outcomes
-from pretrain.results.curves import DASHES
+from pretrain.comparison.outcome import NOISES, Outcome, Outcomes
+from pretrain.results.curves import DASHES, say
 from pretrain.results.style import COLOURS, style, text
 
 Looks = dict[str, dict[str, Any]]
@@ -55,6 +55,8 @@ def curves_figure(outcomes: Outcomes) -> Figure:
         )
         for ax in (left, right):
             _limit(ax, rows)
+        if not right.lines:
+            say(right, "no times yet")
     _legend(figure, looks, "mean over seeds; areas: from the least to the largest")
     return figure
 
@@ -72,27 +74,32 @@ def _limit(ax: Axes, rows: Sequence[Outcome]) -> None:
     ax.set_ylim(least - 0.05 * (worst - least + 0.1), worst + 1.0 * (worst - least + 0.1))
 
 
-def losses_figure(outcomes: Outcomes) -> Figure:
-    """The last held-out loss of every seed, a panel for every scale."""
+def differences_figure(outcomes: Outcomes) -> Figure:
+    """The last held-out loss less the baseline's, of every seed, a panel for every scale."""
     shown, looks = _shown(outcomes), looks_of(outcomes)
     most = max(map(len, shown.values()))
-    figure = Figure(figsize=(4 + 5 * len(shown), 2 + 0.42 * most), layout="constrained")
+    figure = Figure(figsize=(4 + 5 * len(shown), 2.2 + 0.42 * most), layout="constrained")
     axes = figure.subplots(1, len(shown), squeeze=False)[0]
     for (scale, rows), ax in zip(shown.items(), axes, strict=True):
+        noise = outcomes.noise(scale)
+        if math.isfinite(noise):
+            ax.axvspan(-NOISES * noise, NOISES * noise, color="grey", alpha=0.2, linewidth=0)
+        ax.axvline(0, color="grey", linewidth=1, linestyle="--")
         for i, outcome in enumerate(rows):
-            losses = [loss for loss in outcome.losses.values() if math.isfinite(loss)]
-            ax.plot(
-                losses, [i] * len(losses), "o", color=looks[outcome.row]["color"], markersize=6, alpha=0.7
-            )
-            ax.plot([np.mean(losses)], [i], "|", color="black", markersize=16)
-            if outcome.row == outcomes.baseline:
-                ax.axvspan(min(losses), max(losses), color="grey", alpha=0.2, linewidth=0)
-                ax.axvline(float(np.mean(losses)), color="grey", linewidth=1, linestyle="--")
+            by_seed = outcomes.difference(scale, outcome.row, outcomes.baseline).by_seed
+            finite = [d for d in by_seed if math.isfinite(d)]
+            if outcome.row != outcomes.baseline and finite:
+                ax.plot(
+                    finite, [i] * len(finite), "o", color=looks[outcome.row]["color"], markersize=6, alpha=0.7
+                )
+                ax.plot([np.mean(finite)], [i], "|", color="black", markersize=16)
         ax.set_yticks(range(len(rows)), [text(o.row) for o in rows])
-        ax.invert_yaxis()
-        style(ax, text(scale or "Held-out loss at the end"), "loss (nats per token)", "")
+        ax.set_ylim(len(rows) - 0.5, -0.5)
+        style(ax, text(scale), "difference in held-out loss (nats per token)", "")
     figure.suptitle(
-        text(f"Held-out loss at the end: a dot a seed, bar: their mean, grey: {outcomes.baseline}"),
+        text(
+            f"Loss at the end less that of {outcomes.baseline}: a dot a seed, bar: mean, grey: {NOISES} times the noise"
+        ),
         fontsize=13,
     )
     return figure
@@ -124,6 +131,8 @@ def costs_figure(outcomes: Outcomes) -> Figure:
         style(right, text(f"Loss against time{name}"), "time in the optimizer (ms a step)", "held-out loss")
         left.set_xlim(left=-3)
         right.set_xlim(left=0)
+        if not right.lines:
+            say(right, "no times yet")
     handles = [Line2D([], [], linestyle="none", **look) for look in looks.values()]
     figure.legend(handles, [text(row) for row in looks], loc="outside lower center", ncols=4)
     return figure

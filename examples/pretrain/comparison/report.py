@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from pretrain.comparison.figures import costs_figure, curves_figure, losses_figure
+from pretrain.comparison.figures import costs_figure, curves_figure, differences_figure
 from pretrain.comparison.outcome import NOISES, Outcome, Outcomes, text_of
 from pretrain.errors import UserError
 from pretrain.files import write_atomically
@@ -20,9 +20,17 @@ from pretrain.results.read import Array, describe_lr, describe_model, markdown, 
 
 _FIGURES: dict[str, tuple[str, Callable[[Outcomes], Figure]]] = {
     "curves": ("held-out loss over steps and over time", curves_figure),
-    "losses": ("held-out loss at the end, by seed", losses_figure),
+    "differences": ("differences of held-out losses at the end, by seed", differences_figure),
     "costs": ("loss against memory and against time", costs_figure),
 }
+
+
+_COSTS = (
+    "State of the matrices: moments, bases and buffers at the end of training, without step counts, as a share of "
+    "AdamW's two moments; the whole state is of all parameters. Times are means over the steps of a training with no "
+    "other training beside it; slowest: the optimizer's slowest step but the first; refreshes are part of the "
+    "optimizer, and only this package tells them."
+)
 
 
 def write_report(outcomes: Outcomes, path: Path, command: str) -> None:
@@ -45,6 +53,7 @@ def write_report(outcomes: Outcomes, path: Path, command: str) -> None:
         name = f": {scale}" if scale else ""
         sections += [f"## Losses{name}\n\n" + _losses(outcomes, scale)]
         sections += [f"## Memory and time{name}\n\n" + _costs(outcomes, scale)]
+    sections += [_COSTS]
     if outcomes.comparison.against:
         sections += ["## One against another\n\n" + _against(outcomes)]
     sections += [section for section in (_subspaces(outcomes, path),) if section]
@@ -103,7 +112,7 @@ def _settings(outcomes: Outcomes) -> str:
     first = next(o for scale in outcomes.by_scale if (o := _of(outcomes, scale)) is not None)
     run, folder = next(iter(first.runs.values())), next(iter(first.folders.values()))
     config, described = run.config, text_of(folder)
-    source = "text given" if config["data"] else described["source"]
+    source = ", ".join(Path(path).name for path in config["data"]) or described["source"]
     sentences = [
         f"Text: {source}, {described['bytes']:,} bytes in {described['files']} files, {described['documents']:,} "
         f"documents, SHA-256 {described['sha256']} of all of them one after the other; held out by content: "
@@ -223,13 +232,7 @@ def _costs(outcomes: Outcomes, scale: str) -> str:
                 f"{times['step'] / base.times['step']:.2f}" if known and base is not None else "-",
             )
         )
-    said = (
-        "State of the matrices: moments, bases and buffers at the end of training, without step counts, as a share of "
-        "AdamW's two moments; the whole state is of all parameters. Times are means over the steps of a training with "
-        "no other training beside it; slowest: the optimizer's slowest step but the first; refreshes are part of the "
-        "optimizer, and only this package tells them."
-    )
-    return markdown(header, rows) + "\n\n" + said
+    return markdown(header, rows)
 
 
 def _against(outcomes: Outcomes) -> str:
@@ -269,7 +272,7 @@ def _subspaces(outcomes: Outcomes, path: Path) -> str:
         "energy kept, first quarter",
         "last quarter",
         "angle (degrees)",
-        "refreshes",
+        "refreshes noted",
     )
     rows = []
     noted: dict[str, Path] = {}
@@ -282,11 +285,9 @@ def _subspaces(outcomes: Outcomes, path: Path) -> str:
     if not rows:
         return ""
     said = "Means over all matrices, as noted at refreshes; ranks: the least and the largest at the end."
-    several = {"": noted} if len(noted) > 1 else {}
-    for name, shown in {
-        **several,
-        **{row: {row: noted[row]} for row in outcomes.comparison.against if row in noted},
-    }.items():
+    figures = {"": noted} if len(noted) > 1 else {}
+    figures |= {row: {row: noted[row]} for row in outcomes.comparison.against if row in noted}
+    for name, shown in figures.items():
         picture = path.with_name("_".join([path.stem, "subspaces", *re.findall(r"\w+", name)]) + ".png")
         plot_diagnostics(list(shown.values()), picture, list(shown))
         said += f"\n\n![subspaces over training{', by layer' if name else ''}: {', '.join(shown)}]({picture.name})"

@@ -116,7 +116,7 @@ def _perplexity(ax: Axes, runs: Sequence[Run], looks: Sequence[Look]) -> None:
         log_axis(ax, np.concatenate(drawn))
         ax.set_xlim(0, max(run.steps[-1] for run in runs) * 1.03)
     else:
-        _say(ax, "not validated yet")
+        say(ax, "not validated yet")
 
 
 def _step_time(ax: Axes, run: Run) -> None:
@@ -193,7 +193,7 @@ def _gradient_norm(ax: Axes, run: Run, look: Look) -> None:
     norm = np.where(run.grad_norm > 0, run.grad_norm, np.nan)
     finite = norm[np.isfinite(norm)]
     if not len(finite):
-        _say(ax, "not measured, for lack of clip_norm")
+        say(ax, "not measured, for lack of clip_norm")
         return
     ax.plot(run.steps, norm, color=look["color"], linewidth=0.7, alpha=0.35)
     ax.plot(run.steps, smoothed(norm), linewidth=1.8, **look)
@@ -205,6 +205,6 @@ def _gradient_norm(ax: Axes, run: Run, look: Look) -> None:
         ax.legend()
 
 
-def _say(ax: Axes, why: str) -> None:
+def say(ax: Axes, why: str) -> None:
     """In place of curves."""
     ax.text(0.5, 0.5, why, transform=ax.transAxes, ha="center", va="center", color="grey")
