@@ -293,6 +293,9 @@ def projected_adamw_(
 
         "drop"      nothing (GaLore)
         "sign"      N's product + residual_scale sign(E), entry by entry (FRUGAL, arXiv 2411.07837)
+        "normalized"  N's product + residual_scale S, S = E with first its columns (right: rows), then its rows
+                    divided by their root mean squares, and both again (arXiv 2502.06742); 0 where E is
+                    but rounding
         "scaled"    N's product + residual_scale S, S = E with each column times ||N_j|| / ||R_j|| (right: row),
                     0 where R_j = 0; S is shortened to 1.01 times the length of the last (Fira, arXiv 2410.01623)
         "feedback"  G + residual_scale * the last step's E in the place of G; what a rotation of the first

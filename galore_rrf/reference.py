@@ -563,6 +563,10 @@ def _of_matrices(param: Tensor, state: Tensor | None) -> list[Tensor]:
     return list(state) if param.dim() == 3 else [state]
 
 
+def _root_mean_square(a: Tensor, dim: int | None) -> Tensor:
+    return a.square().mean(dim, keepdim=dim is not None).sqrt()
+
+
 def projected_adamw_(
     params: Sequence[Tensor],
     grads: Sequence[Tensor],
@@ -662,6 +666,13 @@ def projected_adamw_(
         outside = g.to(dtype) - back(r)
         if residual == "sign":
             update += residual_scale * (-outside if maximize else outside).sign()
+        elif residual == "normalized":
+            least = 32 * torch.finfo(r.dtype).eps * _root_mean_square(back(r), None)
+            s = torch.where(_root_mean_square(outside, side - 1) > least, outside, 0)
+            for dim in (side - 1, side) * 2:
+                lengths = _root_mean_square(s, dim)
+                s = torch.where(lengths > 0, s / lengths, 0)
+            update += residual_scale * (-s if maximize else s)
         elif residual == "scaled":
             lengths = r.norm(dim=side - 1, keepdim=True)
             phi = torch.where(lengths > 0, n.norm(dim=side - 1, keepdim=True) / lengths, 0)

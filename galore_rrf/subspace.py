@@ -76,7 +76,7 @@ _CHOICES = {
     "sketch": ("warm", "plain", "half_power", "power"),
     "moments": ("rotate", "keep"),
     "nonfinite": ("skip", "raise"),
-    "residual": ("drop", "scaled", "sign", "feedback"),
+    "residual": ("drop", "scaled", "sign", "normalized", "feedback"),
     "arithmetic": ("torch", "galore_torch", "bitsandbytes"),
     "state_dtype": (None, torch.float32, torch.bfloat16, torch.uint8),
 }
@@ -131,10 +131,11 @@ class SubspaceOptions:
         residual: what is done with the gradient's part outside the subspace, E = G - Q R: ``"drop"``
             (published); ``"scaled"``, every column as the subspace's share of it is scaled by Adam, its growth
             limited (Fira), a number of state; ``"sign"``, the sign of every entry (FRUGAL), no state;
+            ``"normalized"``, its columns and rows divided by their root mean squares in turn (SinkGD), no state;
             ``"feedback"``, added to the next gradient (LDAdam), which needs a tensor as large as the weight.
         residual_scale: factor on the residual's step, beside 1 for the step within the subspace.  With
-            ``"sign"`` every entry of a weight moves by ``lr * scale * residual_scale``.  With ``"feedback"``
-            factor on what is fed back.
+            ``"sign"`` every entry of a weight moves by ``lr * scale * residual_scale``, with ``"normalized"`` in
+            the root mean square.  With ``"feedback"`` factor on what is fed back.
         arithmetic: ``"torch"``: torch.optim.AdamW's; ``"galore_torch"``: that package's (eps on the
             uncorrected root, decay last, exact SVD in fp32); ``"bitsandbytes"``: decay last.  Concerns plain
             parameters too.

@@ -27,7 +27,7 @@ OPTIONS = st.fixed_dictionaries(
         "oversampling": st.integers(0, 20),
         "moments": st.sampled_from(["rotate", "keep"]),
         "nonfinite": st.sampled_from(["skip", "raise"]),
-        "residual": st.sampled_from(["drop", "scaled", "sign", "feedback"]),
+        "residual": st.sampled_from(["drop", "scaled", "sign", "normalized", "feedback"]),
         "residual_scale": st.floats(0, 2),
         "seed": st.integers(0, 2**63 - 1),
         "arithmetic": st.sampled_from(["torch", "galore_torch"]),

@@ -15,9 +15,14 @@ pytestmark = pytest.mark.core
 # No rank is full: there would be no residual but rounding, whose signs mean nothing.
 PARTS = [((24, 37), 6, LEFT), ((37, 24), 5, RIGHT), ((3, 14, 11), 3, RIGHT), ((2, 9, 21), 4, LEFT)]
 LARGE = [((300, 450), 8, LEFT), ((450, 300), 8, LEFT), ((300, 450), 8, RIGHT)]
-MODES = ["scaled", "sign", "feedback"]
+MODES = ["scaled", "sign", "normalized", "feedback"]
 # Of states and of weights: norms are kept in fp32.
-ACCURACY = {"scaled": (4e-6, 1e-7), "sign": (1e-8, 1e-8), "feedback": (1e-8, 1e-8)}
+ACCURACY = {
+    "scaled": (4e-6, 1e-7),
+    "sign": (1e-8, 1e-8),
+    "normalized": (1e-8, 1e-8),
+    "feedback": (1e-8, 1e-8),
+}
 
 
 class Put(State):
@@ -206,7 +211,8 @@ def test_feedback_in_the_optimizer_loses_nothing(device, keys, maximize):
 
 
 @pytest.mark.parametrize(
-    ("residual", "entries"), [("scaled", {"residual_norm"}), ("sign", set()), ("feedback", {"error"})]
+    ("residual", "entries"),
+    [("scaled", {"residual_norm"}), ("sign", set()), ("normalized", set()), ("feedback", {"error"})],
 )
 def test_state_follows_the_mode(device, residual, entries):
     """Guards against state where none is needed, and a mode changed while training that finds none."""
@@ -255,6 +261,43 @@ def test_of_nothing(device):
     before.step(projected_adamw_, zeros, -1, **options)
     state.step(projected_adamw_, zeros, -1, residual="sign", **options)
     assert_equal(state, before, 1e-14)
+
+
+@pytest.mark.parametrize("strides", ["contiguous", "transposed"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_normalized_rows_and_columns(device, dtype, strides):
+    """Guards against the wrong side normalized last, a length other than residual_scale, and another direction:
+    long vectors have a root mean square of 1, short ones nearly, and E is but scaled by rows and by columns."""
+    plain = State([((60, 80), 6, LEFT), ((80, 60), 6, RIGHT)], dtype, dtype, strides, device)
+    state = plain.copy()
+    for number, refresh in enumerate((0, -1)):
+        grads = plain.grads(number)
+        state.params = [w.clone(memory_format=torch.preserve_format) for w in plain.params]
+        plain.step(projected_adamw_, grads, refresh)
+        state.step(projected_adamw_, grads, refresh, residual="normalized", residual_scale=2.0)
+        for w, v, g, q, side in zip(state.params, plain.params, grads, plain.bases, plain.sides, strict=True):
+            s = (v - w).double().cpu() / (ADAM["lr"] * ADAM["scale"] * 2)
+            e = outside(g, q, side)
+            long, short = s.square().mean(side).sqrt(), s.square().mean(side - 1).sqrt()
+            torch.testing.assert_close(long, torch.ones_like(long), rtol=0, atol=1e-4)
+            torch.testing.assert_close(short, torch.ones_like(short), rtol=0, atol=0.1)
+            # Rows and columns scaled: every 2 x 2 minor of the quotient is zero.
+            scales = (s / e).log()
+            rank_one = scales.mean(0, keepdim=True) + scales.mean(1, keepdim=True) - scales.mean()
+            clear = e.abs() > 0.03
+            assert float((scales - rank_one)[clear].abs().max()) < (1e-8 if dtype == torch.float64 else 0.02)
+
+
+@pytest.mark.parametrize("size", [1e-20, 1.0, 1e20])
+def test_normalized_leaves_rounding_alone(device, size):
+    """Guards against rounding blown up to a step: a gradient within the subspace has no residual, at any scale."""
+    for dtype in (torch.float64, torch.float32):
+        plain = State([((40, 60), 6, LEFT), ((60, 40), 6, RIGHT)], dtype, dtype, device=device)
+        grads = [(size * (w[:, :3] @ w[:3])).contiguous() / (10 * w[:, :3].norm() ** 2) for w in plain.params]
+        state = plain.copy()
+        plain.step(projected_adamw_, grads, 0)
+        state.step(projected_adamw_, grads, 0, residual="normalized")
+        assert_equal(state, plain, 1e-12 if dtype == torch.float64 else 1e-5)
 
 
 @pytest.mark.parametrize("refresh", [-1, 1])

@@ -38,6 +38,7 @@ Residual residual_from_name(c10::string_view name) {
                                     {{"drop", Residual::drop},
                                      {"scaled", Residual::scaled},
                                      {"sign", Residual::sign},
+                                     {"normalized", Residual::normalized},
                                      {"feedback", Residual::feedback}});
 }
 

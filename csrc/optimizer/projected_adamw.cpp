@@ -430,13 +430,14 @@ class Step {
                          const at::Tensor& decays, const at::Tensor& outcomes) const {
     WeightStep result{
         .weights = x.weights, .grads = x.grads, .bases = x.bases, .decays = decays, .steps = steps};
-    if (projection_.residual != Residual::sign && projection_.residual != Residual::scaled) return result;
+    if (projection_.residual == Residual::drop || projection_.residual == Residual::feedback) return result;
     result.residual = projection_.residual;
     const at::Tensor moving = outcomes.ge(code(Outcome::stepped));
     at::Tensor rates = moving.to(at::kDouble).mul_(lr_).mul_(adamw_.scale);
     if (adamw_.arithmetic != Arithmetic::torch) rates.mul_(decays);  // which comes last there
     const at::Tensor lengths = rates.mul((adamw_.maximize ? 1 : -1) * projection_.residual_scale);
-    if (result.residual == Residual::sign) {
+    if (result.residual != Residual::sign) r.masked_fill_(moving.logical_not().view({-1, 1, 1}), 0);
+    if (result.residual != Residual::scaled) {
       result.projected = r;
       result.lengths = lengths;
       return result;
@@ -444,7 +445,6 @@ class Step {
     const auto of_matrix = [&](const at::Tensor& t) { return t.to(steps.scalar_type()).view({-1, 1, 1}); };
     result.column_scales = limited_scales(x.grads, steps, r, lengths, x.residual_states, moving);
     at::Tensor(steps).mul_(of_matrix(rates));
-    r.masked_fill_(moving.logical_not().view({-1, 1, 1}), 0);
     at::Tensor(steps).addcmul_(r, result.column_scales.unsqueeze(1), -1);
     return result;
   }

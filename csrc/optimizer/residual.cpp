@@ -10,6 +10,7 @@
 #include <ATen/ops/zeros.h>
 
 #include <algorithm>
+#include <optional>
 
 #include "kernels.h"
 
@@ -53,6 +54,11 @@ class Tiles {
   int64_t cols() const { return cols_; }
   int64_t most_entries() const { return most_ * most_rows_ * cols_; }
 
+  // A tile in `memory`, which has most_entries().
+  at::Tensor of(const at::Tensor& memory, int64_t count, int64_t height) const {
+    return memory.narrow(0, 0, count * height * cols_).view({count, height, cols_});
+  }
+
   // Calls f(first matrix, how many, first row, how many).
   template <class F>
   void for_each(const F& f) const {
@@ -78,6 +84,109 @@ Matrices with_rows_in_one_piece(Matrices matrices) {
   return matrices;
 }
 
+// Q X of the left form for each matrix, or its transpose where `turned`, by tiles.
+class Product {
+ public:
+  // bases: of `dtype`.
+  Product(const Matrices& bases, const at::Tensor& x, at::ScalarType dtype, bool turned)
+      : left_(turned ? transposed(each(x.to(dtype))) : bases),
+        right_(turned ? transposed(bases) : each(x.to(dtype))) {}
+
+  // tile <- beta tile + the product's rows from `start`, of the matrices from `first`.
+  void into_(const at::Tensor& tile, int64_t first, int64_t start, int beta) const {
+    multiply_(tile, rows_of(left_, first, tile.size(0), start, tile.size(1)),
+              rows_of(right_, first, tile.size(0), 0, right_.front().size(0)), beta);
+  }
+
+ private:
+  Matrices left_, right_;
+};
+
+// E = G - Q R with its columns, then its rows, in the left form, divided by their root mean squares,
+// kNormalizations times: the gradient multi-normalization of Scetbon et al. 2025 (arXiv 2502.06742).  What is
+// known of it are scales of memory's rows and columns, one pass over E a time.
+class Normalized {
+ public:
+  Normalized(const WeightStep& x, const Matrices& grads, const Tiles& tiles, const at::Tensor& memory,
+             at::ScalarType dtype, const Matrices& bases, bool turned)
+      : grads_(grads),
+        projected_(bases, x.projected.neg(), dtype, turned),
+        moving_(x.lengths.ne(0).to(x.projected.scalar_type()).unsqueeze(1).expand({-1, tiles.cols()})),
+        lengths_(x.lengths.to(x.projected.scalar_type()).view({-1, 1, 1})),
+        rows_first_(turned),
+        columns_(at::ones({x.projected.size(0), 1, tiles.cols()}, x.projected.options())),
+        rows_(at::ones({x.projected.size(0), grads.front().size(0), 1}, x.projected.options())) {
+    // What rounding leaves of a gradient within the subspace is no direction.
+    const double u = x.projected.scalar_type() == at::kDouble ? 0x1p-53 : 0x1p-24;
+    const auto entries = static_cast<double>(grads.front().numel());
+    const at::Tensor inside = at::empty({x.projected.size(0)}, lengths_.options().dtype(at::kDouble));
+    kernels_for(inside).squared_norms(inside, x.projected);
+    const auto height = static_cast<double>(grads.front().size(0));
+    least_ = inside.mul_(64 * u * 64 * u / entries).view({-1, 1, 1});
+    for (int i = 0; i < kNormalizations; ++i) {
+      const bool rows = i > 0 || rows_first_;
+      const at::Tensor sums = at::zeros(columns_.sizes(), least_.options());
+      tiles.for_each([&](int64_t first, int64_t count, int64_t start, int64_t height) {
+        const at::Tensor tile = tiles.of(memory, count, height);
+        residual_into_(tile, first, start);
+        if (rows) normalize_rows_(tile, first, start, i == 0);
+        kernels_for(tile).add_squares_(sums.narrow(0, first, count).squeeze(1), each(tile), 0);
+      });
+      sums.div_(height);
+      columns_.mul_(rows ? scales(sums) : scales(sums, least_));
+    }
+  }
+
+  // tile <- lengths times the rows from `start`.
+  void into_(const at::Tensor& tile, int64_t first, int64_t start) const {
+    residual_into_(tile, first, start);
+    if (!rows_first_) normalize_rows_(tile, first, start, false);
+    const at::Tensor lengths = lengths_.narrow(0, first, tile.size(0));
+    if (rows_first_) {
+      at::Tensor(tile).mul_(rows_.narrow(0, first, tile.size(0)).narrow(1, start, tile.size(1)).mul(lengths));
+    } else {
+      at::Tensor(tile).mul_(lengths);
+    }
+  }
+
+ private:
+  static constexpr int kNormalizations = 2;
+
+  // With the scales of its columns so far.
+  void residual_into_(const at::Tensor& tile, int64_t first, int64_t start) const {
+    const int64_t count = tile.size(0);
+    projected_.into_(tile, first, start, 0);
+    kernels_for(tile).add_scaled_(tile,
+                                  with_rows_in_one_piece(rows_of(grads_, first, count, start, tile.size(1))),
+                                  moving_.narrow(0, first, count).contiguous(), 1);
+    at::Tensor(tile).mul_(columns_.narrow(0, first, count));
+  }
+
+  // `raw`: nothing was normalized before.
+  void normalize_rows_(const at::Tensor& tile, int64_t first, int64_t start, bool raw) const {
+    const int64_t count = tile.size(0), height = tile.size(1);
+    const at::Tensor sums = at::zeros({count, height, 1}, least_.options());
+    kernels_for(tile).add_squares_(sums.squeeze(2), each(tile), 1);
+    sums.div_(static_cast<double>(tile.size(2)));
+    at::Tensor rows = rows_.narrow(0, first, count).narrow(1, start, height);
+    rows.copy_(raw ? scales(sums, least_.narrow(0, first, count)) : scales(sums));
+    at::Tensor(tile).mul_(rows);
+  }
+
+  // One over the roots of mean squares; 0 where those are no more than `least`.
+  at::Tensor scales(const at::Tensor& means, const std::optional<at::Tensor>& least = {}) const {
+    constexpr double kMost = 1e37;  // within fp32
+    const at::Tensor some = least ? means.gt(*least) : means.gt(0);
+    return at::where(some, means.rsqrt().clamp_max_(kMost), 0.0).to(columns_.scalar_type());
+  }
+
+  const Matrices& grads_;
+  const Product projected_;
+  const at::Tensor moving_, lengths_;
+  const bool rows_first_;  // whether memory's rows are the columns of the left form
+  at::Tensor columns_, rows_, least_;
+};
+
 }  // namespace
 
 void add_by_tiles_(const WeightStep& x, const std::optional<RowRounding>& rounding) {
@@ -89,28 +198,26 @@ void add_by_tiles_(const WeightStep& x, const std::optional<RowRounding>& roundi
   const at::ScalarType dtype = kernels.products ? x.bases.front().scalar_type() : x.steps.scalar_type();
   Matrices bases = x.bases;
   for (at::Tensor& basis : bases) basis = basis.to(dtype);
-  const auto factors = [&](const at::Tensor& stack) {
-    return std::pair{turned ? transposed(each(stack.to(dtype))) : bases,
-                     turned ? transposed(bases) : each(stack.to(dtype))};
-  };
-  const auto steps = factors(x.steps);
-  const bool signs = x.residual == Residual::sign;
-  const auto projected = signs ? factors(x.projected) : std::pair<Matrices, Matrices>{};
+  const Product steps(bases, x.steps, dtype, turned);
   const Tiles tiles(x.weights, turned);
   const at::Tensor memory = at::empty({tiles.most_entries()}, x.steps.options());
+  std::optional<Product> projected;
+  std::optional<Normalized> normalized;
+  if (x.residual == Residual::sign) projected.emplace(bases, x.projected, dtype, turned);
+  if (x.residual == Residual::normalized) {
+    normalized.emplace(x, grads, tiles, memory, dtype, bases, turned);
+  }
   tiles.for_each([&](int64_t first, int64_t count, int64_t start, int64_t height) {
-    const at::Tensor tile =
-        memory.narrow(0, 0, count * height * tiles.cols()).view({count, height, tiles.cols()});
+    const at::Tensor tile = tiles.of(memory, count, height);
     const auto rows = [&](const Matrices& list) { return rows_of(list, first, count, start, height); };
-    const auto product = [&](const std::pair<Matrices, Matrices>& of, int beta) {
-      multiply_(tile, rows(of.first), rows_of(of.second, first, count, 0, of.second.front().size(0)), beta);
-    };
-    if (signs) {
-      product(projected, 0);
+    if (projected) {
+      projected->into_(tile, first, start, 0);
       kernels.signs_of_difference_(tile, with_rows_in_one_piece(rows(grads)),
                                    x.lengths.narrow(0, first, count));
+    } else if (normalized) {
+      normalized->into_(tile, first, start);
     }
-    product(steps, signs ? 1 : 0);
+    steps.into_(tile, first, start, projected || normalized ? 1 : 0);
     if (x.residual == Residual::scaled) {
       const at::Tensor scales = x.column_scales.narrow(0, first, count);
       kernels.add_scaled_(tile, with_rows_in_one_piece(rows(grads)),
