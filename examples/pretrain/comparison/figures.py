@@ -106,29 +106,27 @@ def differences_figure(outcomes: Outcomes) -> Figure:
 
 
 def costs_figure(outcomes: Outcomes) -> Figure:
-    """Loss against the state of the matrices and against time in the optimizer, a row for every scale."""
-    shown, looks = _shown(outcomes), looks_of(outcomes)
-    figure = Figure(figsize=(15, 1.5 + 5 * len(shown) + 0.12 * len(looks)), layout="constrained")
-    axes = figure.subplots(len(shown), 2, squeeze=False)
+    """Loss less the baseline's against the state of the matrices and time in the optimizer, a row for every scale."""
+    shown = _shown(outcomes)
     looks = {
         row: {"color": look["color"], "marker": _MARKERS[i // len(COLOURS) % len(_MARKERS)], "markersize": 9}
-        for i, (row, look) in enumerate(looks.items())
+        for i, (row, look) in enumerate(looks_of(outcomes).items())
     }
+    figure = Figure(figsize=(15, 1.5 + 5 * len(shown) + 0.12 * len(looks)), layout="constrained")
+    axes = figure.subplots(len(shown), 2, squeeze=False)
     for (scale, rows), (left, right) in zip(shown.items(), axes, strict=True):
         for outcome in rows:
+            mean = outcomes.difference(scale, outcome.row, outcomes.baseline).mean
             state = outcome.state
             share = 100 * state["matrices"] / state["AdamW, matrices"]
-            left.plot([share], [outcome.mean], **looks[outcome.row])
+            left.plot([share], [mean], **looks[outcome.row])
             if outcome.timed is not None:
-                right.plot([outcome.times["optimizer"]], [outcome.mean], **looks[outcome.row])
+                right.plot([outcome.times["optimizer"]], [mean], **looks[outcome.row])
         name = f", {scale}" if scale else ""
-        style(
-            left,
-            text(f"Loss against memory{name}"),
-            "moments, bases and buffers of the matrices (% of AdamW's)",
-            "held-out loss",
-        )
-        style(right, text(f"Loss against time{name}"), "time in the optimizer (ms a step)", "held-out loss")
+        loss = f"held-out loss less that of {outcomes.baseline} (nats)"
+        memory = "moments, bases and buffers of the matrices (% of AdamW's)"
+        style(left, text(f"Loss against memory{name}"), memory, text(loss))
+        style(right, text(f"Loss against time{name}"), "time in the optimizer (ms a step)", text(loss))
         left.set_xlim(left=-3)
         right.set_xlim(left=0)
         if not right.lines:
