@@ -176,6 +176,18 @@ def test_figure_of_one_run(tmp_path):
     assert is_png(tmp_path / "one.png")
 
 
+def test_figure_of_first_refreshes(tmp_path):
+    """Guards against a run too short for an angle that has no picture."""
+    folder = make_noted(tmp_path / "run", [line(Q.format(i), 1, 0.5, None) for i in range(2)])
+    plot_diagnostics([folder], tmp_path / "one.png")
+    assert is_png(tmp_path / "one.png")
+    shown = [ax.get_title() for ax in diagnostics_figure([folder]).axes]
+    assert shown[0] == "Energy kept by the subspace, by kind"
+    assert not any("Angle" in title for title in shown)
+    nothing = make_noted(tmp_path / "nothing", [line(Q.format(0), 1, None, None)])
+    assert diagnostics_figure([nothing]).axes[0].get_title() == "Rank, by kind"
+
+
 def test_ranks_that_change_are_shown(tmp_path):
     """Guards against a figure that leaves out what a tolerance changes."""
     lines = [line(Q.format(0), 1, 0.5, None, 4), line(Q.format(0), 11, 0.5, 10.0, 6)]

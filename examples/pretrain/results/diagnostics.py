@@ -95,7 +95,7 @@ def diagnostics_figure(run_folders: Sequence[Path], labels: Sequence[str] | None
 
 def _figure_of_one(name: str, subspaces: dict[str, Subspace]) -> Figure:
     """Lines by kind beside a map of all layers, a row for every quantity."""
-    shown = [q for q in _LABELS if q != "rank" or _varies(subspaces)]
+    shown = [q for q in _LABELS if _is_shown(subspaces, q)] or ["rank"]
     rows = _by_kind(subspaces)
     height = 2 + len(shown) * max(4.0, 1.5 + 0.07 * len(subspaces))
     figure = Figure(figsize=(15, height), layout="constrained")
@@ -147,9 +147,10 @@ def _by_kind(subspaces: Mapping[str, Subspace]) -> Rows:
     return {kind: [s for _, s in sorted(row, key=lambda item: item[0])] for kind, row in rows.items()}
 
 
-def _varies(subspaces: Mapping[str, Subspace]) -> bool:
-    """Whether there is more than one rank to show."""
-    return len(set(np.concatenate([s.values["rank"] for s in subspaces.values()]))) > 1
+def _is_shown(subspaces: Mapping[str, Subspace], quantity: str) -> bool:
+    """What was measured; ranks where there is more than one."""
+    values = np.concatenate([s.values[quantity] for s in subspaces.values()])
+    return len(set(values)) > 1 if quantity == "rank" else bool(np.isfinite(values).any())
 
 
 def _grid(subspaces: Mapping[str, Subspace]) -> NDArray[np.int64]:
