@@ -308,7 +308,7 @@ def _of_subspaces(subspaces: Sequence[Subspace], steps: int) -> list[str]:
         energy(0, 0.25),
         energy(0.75, 1),
         _mean([s.values["angle"] for s in subspaces], ".1f"),
-        f"{np.mean([len(s.steps) for s in subspaces]):.0f}",
+        f"{np.mean([s.values['refreshes'][-1] for s in subspaces]):.0f}",
     ]
 
 
