@@ -1,5 +1,6 @@
 """The command line of pretrain_llama.py: layers, what is refused, and how the refusal reads."""
 
+import dataclasses
 import subprocess
 import sys
 from pathlib import Path
@@ -7,8 +8,10 @@ from pathlib import Path
 import pytest
 import yaml
 from pretrain.command_line import checked, merged, parse, read_yaml, to_yaml
-from pretrain.config import Config
+from pretrain.config import Config, OptimizerConfig
 from pretrain.errors import UserError
+
+from galore_rrf import subspace
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
@@ -172,6 +175,28 @@ def test_fields_without_effect_are_named():
         what in said for what in ("adamw has no use for rank", "no use for cooldown", "spectra_at 9: ")
     )
     assert checked({"steps": 1}).without_effect() == []
+
+
+def test_options_of_the_subspace_can_be_trained_with():
+    """Guards against an option of the package that no training and no comparison can have."""
+    of_no_use = {"rank", "state_dtype"}  # fields beside the group's keys
+    of_no_use |= {
+        "projector",
+        "power",
+        "oversampling",
+        "nonfinite",
+        "seed",
+        "stochastic_rounding",
+        "arithmetic",
+    }
+    options = {field.name for field in dataclasses.fields(subspace.SubspaceOptions)} - of_no_use
+    config = OptimizerConfig()
+    assert options <= config._GROUP_KEYS.keys()
+    for key, allowed in {**subspace._CHOICES, "preset": tuple(subspace.PRESETS)}.items():
+        if key in options:
+            for value in set(allowed) - {"full", "tucker"}:  # for convolutions, and for galore_torch's users
+                config = OptimizerConfig(**{key: value})
+                assert config.group_keys() == {key: value}
 
 
 def test_help_explains_every_field():
