@@ -4,10 +4,8 @@ import math
 
 import pytest
 import torch
-from matrices import generator
 from test_projected_adamw import ADAM, LEFT, RIGHT, SKIPPED, State, assert_equal, follow, project
 
-from galore_rrf import GaLoreAdamW
 from galore_rrf.ops import projected_adamw_
 
 pytestmark = pytest.mark.core
@@ -193,41 +191,6 @@ def test_feedback_loses_nothing(device, beta1, maximize):
         torch.testing.assert_close(total, momentum + error, rtol=0, atol=1e-11)
 
 
-@pytest.mark.parametrize("keys", [{}, {"tolerance": 0.5}, {"projector": "svd"}], ids=str)
-@pytest.mark.parametrize("maximize", [False, True])
-def test_feedback_in_the_optimizer_loses_nothing(device, keys, maximize):
-    """Guards against refreshes made elsewhere that see another gradient, or drop what the moment loses."""
-    w = torch.nn.Parameter(torch.randn(20, 31, dtype=torch.float64, generator=generator(2)).to(device))
-    opt = GaLoreAdamW([w], rank=5, update_proj_gap=2, residual="feedback", maximize=maximize, **keys)
-    total = torch.zeros_like(w.data)
-    for number in range(7):
-        w.grad = torch.randn(w.shape, dtype=w.dtype, generator=generator(30 + number)).to(device)
-        opt.step()
-        state = opt.state[w]
-        moment = back(state["exp_avg"], state["basis"], state["side"])
-        total += (-w.grad if maximize else w.grad) - moment
-    error = -state["error"] if maximize else state["error"]
-    torch.testing.assert_close(total, 9 * moment + error, rtol=0, atol=1e-11)
-
-
-@pytest.mark.parametrize(
-    ("residual", "entries"),
-    [("scaled", {"residual_norm"}), ("sign", set()), ("normalized", set()), ("feedback", {"error"})],
-)
-def test_state_follows_the_mode(device, residual, entries):
-    """Guards against state where none is needed, and a mode changed while training that finds none."""
-    params = [torch.nn.Parameter(torch.ones(s, device=device)) for s in ((9, 12), (2, 9, 12), (6, 3, 3, 3))]
-    opt = GaLoreAdamW(params, rank=2, residual=residual)
-    for mode in (residual, "drop", residual):
-        opt.param_groups[0]["residual"] = mode
-        for p in params:
-            p.grad = torch.randn(p.shape, generator=generator(4)).to(device)
-        opt.step()
-        plain = {"step", "exp_avg", "exp_avg_sq", "basis", "rank", "side", "key", "refreshes", "last_refresh"}
-        for p in params:
-            assert set(opt.state[p]) == (plain if mode == "drop" else plain | entries)
-
-
 @pytest.mark.parametrize("strides", ["contiguous", "transposed", "strided"])
 @pytest.mark.parametrize(
     ("dtype", "accuracy", "weight_accuracy"),
@@ -351,45 +314,6 @@ def test_stochastic_rounding_of_the_sum(device, residual, dtype):
             abs(float((t * steps).mean()) / runs) < 5 * spacing / (runs * t.numel()) ** 0.5 + 1e-3 * spacing
         )
         assert float((x - w.float()).abs().mean()) > 1e-5
-
-
-@pytest.mark.parametrize("keys", [{}, {"tolerance": 0.5}, {"projector": "svd"}, {"state_dtype": torch.uint8},
-                                  {"proj_type": "reverse_std"}, {"update_proj_gap": 1}])  # fmt: skip
-@pytest.mark.parametrize("residual", MODES)
-def test_in_the_optimizer(device, residual, keys):
-    """Guards against a key that does not reach the step, or not with refreshes made elsewhere."""
-    moved = []
-    for scale in (0.0, 1.0):
-        g = generator(3)
-        shapes = [(20, 31), (31, 20), (3, 12, 17), (8, 5, 3, 3)]
-        params = [torch.nn.Parameter(torch.randn(s, generator=g).to(device)) for s in shapes]
-        opt = GaLoreAdamW(
-            params, lr=0.01, rank=4, residual=residual, residual_scale=scale, weight_decay=0.0,
-            **{"update_proj_gap": 2, **keys},
-        )  # fmt: skip
-        for _ in range(4):
-            for p in params:
-                p.grad = torch.randn(p.shape, generator=g).to(device)
-            opt.step()
-        moved.append([p.detach().clone() for p in params])
-    for without, with_it in zip(*moved, strict=True):
-        assert float((without - with_it).abs().mean()) > 1e-4
-
-
-@pytest.mark.parametrize(
-    ("error", "message", "keys"),
-    [
-        (ValueError, "Invalid residual: 'other'", {"residual": "other"}),
-        (ValueError, "Invalid residual_scale: nan", {"residual": "sign", "residual_scale": math.nan}),
-        (TypeError, "Invalid residual_scale: '1'", {"residual": "sign", "residual_scale": "1"}),
-        (ValueError, "residual='sign' and proj_type='full'", {"residual": "sign", "proj_type": "full"}),
-    ],
-)
-def test_bad_values(error, message, keys):
-    """Guards against values and combinations that are taken silently."""
-    w = [torch.nn.Parameter(torch.randn(8, 9, generator=generator(1)))]
-    with pytest.raises(error, match=message):
-        GaLoreAdamW(w, rank=2, **keys)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,110 @@
+"""`residual` of the optimizer: its keys, its states, refreshes made elsewhere, and memory."""
+
+import math
+
+import pytest
+import torch
+from matrices import generator
+from test_residual import MODES, back
+
+from galore_rrf import GaLoreAdamW
+
+pytestmark = pytest.mark.core
+
+
+@pytest.mark.parametrize("keys", [{}, {"tolerance": 0.5}, {"projector": "svd"}], ids=str)
+@pytest.mark.parametrize("maximize", [False, True])
+def test_feedback_in_the_optimizer_loses_nothing(device, keys, maximize):
+    """Guards against refreshes made elsewhere that see another gradient, or drop what the moment loses."""
+    w = torch.nn.Parameter(torch.randn(20, 31, dtype=torch.float64, generator=generator(2)).to(device))
+    opt = GaLoreAdamW([w], rank=5, update_proj_gap=2, residual="feedback", maximize=maximize, **keys)
+    total = torch.zeros_like(w.data)
+    for number in range(7):
+        w.grad = torch.randn(w.shape, dtype=w.dtype, generator=generator(30 + number)).to(device)
+        opt.step()
+        state = opt.state[w]
+        moment = back(state["exp_avg"], state["basis"], state["side"])
+        total += (-w.grad if maximize else w.grad) - moment
+    error = -state["error"] if maximize else state["error"]
+    torch.testing.assert_close(total, 9 * moment + error, rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize(
+    ("residual", "entries"),
+    [("scaled", {"residual_norm"}), ("sign", set()), ("normalized", set()), ("feedback", {"error"})],
+)
+def test_state_follows_the_mode(device, residual, entries):
+    """Guards against state where none is needed, and a mode changed while training that finds none."""
+    params = [torch.nn.Parameter(torch.ones(s, device=device)) for s in ((9, 12), (2, 9, 12), (6, 3, 3, 3))]
+    opt = GaLoreAdamW(params, rank=2, residual=residual)
+    for mode in (residual, "drop", residual):
+        opt.param_groups[0]["residual"] = mode
+        for p in params:
+            p.grad = torch.randn(p.shape, generator=generator(4)).to(device)
+        opt.step()
+        plain = {"step", "exp_avg", "exp_avg_sq", "basis", "rank", "side", "key", "refreshes", "last_refresh"}
+        for p in params:
+            assert set(opt.state[p]) == (plain if mode == "drop" else plain | entries)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("residual", "matrices"), [("scaled", 0), ("sign", 0), ("normalized", 0), ("feedback", 1)]
+)
+def test_nothing_as_large_as_a_weight(device, threads, residual, matrices, dtype):
+    """Guards against a residual that is there in full: beside its tiles a step allocates what a plain one does."""
+    if device.type != "cpu":
+        pytest.skip("the profiler is asked for allocations on a CPU")
+    from benchmarks.memory import peak_bytes
+
+    threads(1)
+    w = torch.nn.Parameter(torch.ones(1000, 2000, dtype=dtype))
+    w.grad = torch.randn(w.shape, generator=generator(1)).to(dtype)
+    peaks = []
+    for mode in ("drop", residual):
+        opt = GaLoreAdamW([w], rank=16, update_proj_gap=10**6, residual=mode)
+        opt.step()
+        peaks.append(peak_bytes(opt.step))
+    whole, projected, tile = w.numel() * w.element_size(), 16 * 2000 * 4, 2**16 * 4
+    # R and what it is made of, the tile and its operands; half precision cast.
+    assert peaks[1] <= peaks[0] + 2 * projected + 3 * tile + matrices * 1.01 * whole
+    assert whole > 4 * projected + 8 * tile
+
+
+@pytest.mark.parametrize("keys", [{}, {"tolerance": 0.5}, {"projector": "svd"}, {"state_dtype": torch.uint8},
+                                  {"proj_type": "reverse_std"}, {"update_proj_gap": 1}])  # fmt: skip
+@pytest.mark.parametrize("residual", MODES)
+def test_in_the_optimizer(device, residual, keys):
+    """Guards against a key that does not reach the step, or not with refreshes made elsewhere."""
+    moved = []
+    for scale in (0.0, 1.0):
+        g = generator(3)
+        shapes = [(20, 31), (31, 20), (3, 12, 17), (8, 5, 3, 3)]
+        params = [torch.nn.Parameter(torch.randn(s, generator=g).to(device)) for s in shapes]
+        opt = GaLoreAdamW(
+            params, lr=0.01, rank=4, residual=residual, residual_scale=scale, weight_decay=0.0,
+            **{"update_proj_gap": 2, **keys},
+        )  # fmt: skip
+        for _ in range(4):
+            for p in params:
+                p.grad = torch.randn(p.shape, generator=g).to(device)
+            opt.step()
+        moved.append([p.detach().clone() for p in params])
+    for without, with_it in zip(*moved, strict=True):
+        assert float((without - with_it).abs().mean()) > 1e-4
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "keys"),
+    [
+        (ValueError, "Invalid residual: 'other'", {"residual": "other"}),
+        (ValueError, "Invalid residual_scale: nan", {"residual": "sign", "residual_scale": math.nan}),
+        (TypeError, "Invalid residual_scale: '1'", {"residual": "sign", "residual_scale": "1"}),
+        (ValueError, "residual='sign' and proj_type='full'", {"residual": "sign", "proj_type": "full"}),
+    ],
+)
+def test_bad_values(error, message, keys):
+    """Guards against values and combinations that are taken silently."""
+    w = [torch.nn.Parameter(torch.randn(8, 9, generator=generator(1)))]
+    with pytest.raises(error, match=message):
+        GaLoreAdamW(w, rank=2, **keys)
