@@ -21,7 +21,7 @@ TORCH_LIBRARY(galore_rrf, m) {
       "Tensor residual, Tensor residuals, Tensor status, Tensor triangular_factor)");
   m.def(
       "adaptive_range_finders(Tensor[] matrices, float tolerance, int max_rank, int[] keys, int[] refreshes, *, "
-      "int block=64, str method=\"auto\", str sketch=\"half_power\", int seed=0) -> (Tensor[] bases, "
+      "int block=64, str method=\"auto\", str sketch=\"half_power\", int seed=0, int min_rank=0, int multiple=1) -> (Tensor[] bases, "
       "Tensor[] coefficients, Tensor[] ranks, Tensor[] statuses)");
   m.def("panel_qr(Tensor panel, *, str method=\"householder\") -> (Tensor v, Tensor t, Tensor r)");
   m.def("orthonormal_panel(Tensor panel, *, str method=\"cholesky_qr\") -> (Tensor q, Tensor r, "
@@ -38,7 +38,8 @@ TORCH_LIBRARY(galore_rrf, m) {
       "Tensor lr, float beta1, float beta2, float eps, float weight_decay, float scale, bool maximize=False, "
       "bool correct_bias=True, str arithmetic=\"torch\", str sketch=\"warm\", int power=1, "
       "int oversampling=0, str moments=\"rotate\", int seed=0, bool stochastic_rounding=False, "
-      "str residual=\"drop\", float residual_scale=1.0, bool? asynchronous=None) -> Tensor");
+      "str residual=\"drop\", float residual_scale=1.0, str refresh_at=\"start\", "
+      "bool? asynchronous=None) -> Tensor");
   m.def(
       "adamw_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
       "Tensor(d!)[] exp_avg_scales, Tensor(e!)[] exp_avg_sq_scales, Tensor(f!)[] steps, *, Tensor lr, "

@@ -155,11 +155,15 @@ def adaptive_range_finders(
     method: str = "auto",
     sketch: str = "half_power",
     seed: int = 0,
+    min_rank: int = 0,
+    multiple: int = 1,
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
     """Adaptive range finders of many matrices or stacks (m x n, e x m x n; of any shapes) in one call.
 
     All are trimmed, at one relative tolerance and rank cap, side by side: a matrix a thread.  Element i
-    uses the test matrices of ``keys[i]`` (of its first matrix) and ``refreshes[i]``.
+    uses the test matrices of ``keys[i]`` (of its first matrix) and ``refreshes[i]``.  The rank is the smallest
+    multiple of `multiple`, which divides `block`, within the tolerance, no less than `min_rank` and no more than
+    `max_rank` or the shorter side, each of which it may be.
 
     Returns lists of bases, coefficients, ranks and statuses, as of `adaptive_range_finder`.
     """
@@ -173,6 +177,8 @@ def adaptive_range_finders(
         method=method,
         sketch=sketch,
         seed=seed,
+        min_rank=min_rank,
+        multiple=multiple,
     )
 
 
@@ -260,6 +266,7 @@ def projected_adamw_(
     stochastic_rounding: bool = False,
     residual: str = "drop",
     residual_scale: float = 1.0,
+    refresh_at: str = "start",
     asynchronous: bool | None = None,
 ) -> Tensor:
     """One projected AdamW step (GaLore, algorithm 2) of a list of matrices, in place, in one call.
@@ -279,6 +286,11 @@ def projected_adamw_(
     `exp_avg_sq_scales`, which are empty tensors elsewhere.  `bases` are of any floating dtype, `steps`
     fp32 or fp64 scalars on the device of the weights.  A basis of zeros means none yet: such a matrix is
     refreshed at once.
+    `moments`: at a refresh ``"rotate"`` moves them into the new basis, ``"keep"`` leaves them, and ``"reset"``
+    begins again: they become zero, and so does the step count before the step; in a stack that has one for all, of
+    every matrix, refreshed, skipped or not.
+    `refresh_at`: ``"start"``: the new basis serves in this step; ``"end"``: from the next one on.  A warm start
+    then has its first product in R, and no new R is needed.  Refresh 0 serves at once.
     `coefficients[i]`: R from a refresh made elsewhere, whose basis is in `bases` already.
     `keys[i]`: the matrix id of the test matrix, of a stack's first.
     `refresh_seconds` (fp64, one number a parameter, on the CPU): the wall-clock time of each parameter's
@@ -349,6 +361,7 @@ def projected_adamw_(
         stochastic_rounding=stochastic_rounding,
         residual=residual,
         residual_scale=residual_scale,
+        refresh_at=refresh_at,
         asynchronous=asynchronous,
     )
 

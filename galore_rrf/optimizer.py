@@ -8,7 +8,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from difflib import get_close_matches
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -55,7 +55,7 @@ _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)  # of wh
 _CAPTURED: dict[str, tuple[Any, ...]] = {
     "tolerance": (None,),
     "projector": ("range_finder",),
-    "moments": ("rotate",),
+    "moments": ("rotate", "reset"),
     "oversampling": (0,),
     "proj_type": ("std", "reverse_std", "right", "left"),
     "nonfinite": ("skip",),
@@ -64,6 +64,14 @@ _NO_STATE = (
     "no step can be captured in a CUDA graph before there are states: take some first, also after loading"
 )
 _OFTEN = 50  # below this interval kept moments do harm
+
+
+class _Refreshed(NamedTuple):
+    """A refresh made outside the step operator."""
+
+    coefficients: Tensor | None  # the projected gradient in the new subspace; None: it failed
+    cosine: Tensor | None  # squared, of the angles between both subspaces
+    seconds: float
 
 
 class GaLoreAdamW(AdamW):
@@ -333,33 +341,48 @@ class GaLoreAdamW(AdamW):
             if refresh_due(state, self._outcomes.taken(state), options.update_proj_gap)
         ]
         apart = [p for p in due if not refreshed_in_step(p, self.state[p], options)]
-        found: dict[Tensor, Tensor | None] = {}
-        turned: dict[Tensor, Tensor] = {}
-        seconds: dict[Tensor, float] = {}
-        if apart:
-            states = [self.state[p] for p in apart]
-            beta1, beta2 = map(float, group["betas"])
-            before = [state["basis"] for state in states]
-            start = time.perf_counter()
-            grads = [self._fed(p, options) for p in apart]
-            coefficients = refresh(states, grads, options, (beta1, beta2), group["maximize"])
-            elapsed = time.perf_counter() - start
-            found = dict(zip(apart, coefficients, strict=True))
-            costs = [p.numel() * state["rank"] for p, state in zip(apart, states, strict=True)]
-            for p, state, old, cost in zip(apart, states, before, costs, strict=True):
-                if found[p] is not None:
-                    turned[p] = squared_cosine(old, state["basis"])
-                seconds[p] = elapsed * cost / sum(costs)
+        later = {p for p in apart if options.refresh_at == "end" and self.state[p]["refreshes"]}
+        made = self._refresh(group, options, [p for p in apart if p not in later])
         within = set(due).difference(apart)
-        self._call(
-            group,
-            options,
-            params,
-            [self.state[p]["refreshes"] if p in within else -1 for p in params],
-            [found.get(p) for p in params],
-            [turned.get(p) for p in params],
-            [seconds.get(p, 0.0) for p in params],
-        )
+        refreshes = [self.state[p]["refreshes"] if p in within else -1 for p in params]
+        measures = self._call(group, options, params, refreshes, made, measuring=bool(later))
+        refreshed_after = self._refresh(group, options, [p for p in params if p in later])
+        rows = dict(zip(params, measures, strict=True)) if measures is not None else {}
+        for p, refreshed in refreshed_after.items():
+            state = self.state[p]
+            self._refresh_seconds += refreshed.seconds
+            if refreshed.cosine is not None:
+                state["refreshes"] += 1
+                state["last_refresh"] = int(state["step"]) - 1
+                gradient, projected, _ = rows[p].tolist()
+                numbers = gradient, projected, float(refreshed.cosine)
+                told = Told(state["last_refresh"], stepped=True, refreshed=True, measures=numbers)
+                self._observations.note([p], [state], [refreshed.seconds], [told])
+
+    def _refresh(
+        self, group: dict[str, Any], options: SubspaceOptions, params: list[Tensor]
+    ) -> dict[Tensor, _Refreshed]:
+        """The refreshes that the step operator does not do itself."""
+        if not params:
+            return {}
+        states = [self.state[p] for p in params]
+        beta1, beta2 = map(float, group["betas"])
+        before = [state["basis"] for state in states]
+        start = time.perf_counter()
+        grads = [self._fed(p, options) for p in params]
+        coefficients = refresh(states, grads, options, (beta1, beta2), group["maximize"])
+        elapsed = time.perf_counter() - start
+        costs = [p.numel() * state["rank"] for p, state in zip(params, states, strict=True)]
+        return {
+            p: _Refreshed(
+                projected,
+                None if projected is None else squared_cosine(old, state["basis"]),
+                elapsed * cost / sum(costs),
+            )
+            for p, state, old, projected, cost in zip(
+                params, states, before, coefficients, costs, strict=True
+            )
+        }
 
     def _check_captured(self, group: dict[str, Any], params: Iterable[Tensor]) -> None:
         """Raises for what a CUDA graph cannot capture: steps that wait for the device, and states yet to be made."""
@@ -392,7 +415,8 @@ class GaLoreAdamW(AdamW):
         )
         self._refresh_seconds += seconds
         if state["refreshes"] > refreshes:
-            measures = tucker.measures(state, projected_form(_grad(p), state["side"]), before)
+            used = before if options.refresh_at == "end" and refreshes > 0 else bases_of(state)
+            measures = tucker.measures(state, projected_form(_grad(p), state["side"]), before, used)
             told = Told(state["last_refresh"], stepped=True, refreshed=True, measures=measures)
             self._observations.note([p], [state], [seconds], [told])
 
@@ -402,16 +426,19 @@ class GaLoreAdamW(AdamW):
         options: SubspaceOptions,
         params: list[Tensor],
         refreshes: list[int],
-        coefficients: list[Tensor | None],
-        cosines: list[Tensor | None],
-        seconds_before: list[float],
-    ) -> None:
-        """The step of all; `cosines` and `seconds_before` are of the refreshes made before it."""
+        made: Mapping[Tensor, _Refreshed],
+        *,
+        measuring: bool,
+    ) -> Tensor | None:
+        """The step of all, after the refreshes `made` before it; what was measured, always where `measuring`."""
         states = [self.state[p] for p in params]
         weights = [as_matrices(p) for p in params]
         beta1, beta2 = group["betas"]
-        seconds = torch.tensor(seconds_before, dtype=torch.float64, device="cpu")
-        measures = self._measures(params, refreshes, coefficients)
+        coefficients = [made[p].coefficients if p in made else None for p in params]
+        seconds = torch.tensor(
+            [made[p].seconds if p in made else 0.0 for p in params], dtype=torch.float64, device="cpu"
+        )
+        measures = self._measures(params, refreshes, coefficients, measuring)
         try:
             outcomes = ops.projected_adamw_(
                 weights,
@@ -441,6 +468,7 @@ class GaLoreAdamW(AdamW):
                 stochastic_rounding=options.stochastic_rounding,
                 residual=options.residual,
                 residual_scale=options.residual_scale,
+                refresh_at=options.refresh_at,
                 refresh_seconds=seconds,
                 measures=measures,
                 exp_avg_scales=[moments.scale(state, "exp_avg") for state in states],
@@ -452,21 +480,22 @@ class GaLoreAdamW(AdamW):
             raise
         self._refresh_seconds += float(seconds.sum())
         if measures is not None:
-            for row, cosine in zip(measures, cosines, strict=True):
-                if cosine is not None:
-                    row[2] = cosine
+            for row, p in zip(measures, params, strict=True):
+                if p in made and made[p].cosine is not None:
+                    row[2] = made[p].cosine
         listener = partial(self._observations.note, params, states, seconds.tolist())
-        self._outcomes.add(outcomes, states, measures, listener)
+        self._outcomes.add(outcomes, states, measures, listener, resets=options.moments == "reset")
         for p, weight in zip(params, weights, strict=True):
             if weight.data_ptr() != p.data_ptr():  # unfolded from a layout that has no view as a matrix
                 p.copy_(weight.view(p.shape))
+        return measures
 
     @staticmethod
     def _measures(
-        params: list[Tensor], refreshes: list[int], coefficients: list[Tensor | None]
+        params: list[Tensor], refreshes: list[int], coefficients: list[Tensor | None], measuring: bool
     ) -> Tensor | None:
         """Room for what a step with refreshes measures; none in a CUDA graph, which nobody listens to."""
-        refreshed = any(i >= 0 for i in refreshes) or any(r is not None for r in coefficients)
+        refreshed = measuring or any(i >= 0 for i in refreshes) or any(r is not None for r in coefficients)
         device = params[0].device if params else torch.device("cpu")
         if not refreshed or (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
             return None

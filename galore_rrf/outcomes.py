@@ -44,7 +44,7 @@ class Outcomes:
 
     def __init__(self) -> None:
         self._pending: list[
-            tuple[torch.cuda.Event, Tensor, list[dict[str, Any]], Tensor | None, Listener | None]
+            tuple[torch.cuda.Event, Tensor, list[dict[str, Any]], bool, Tensor | None, Listener | None]
         ] = []
         self._taken: MutableMapping[Tensor, int] = WeakIdKeyDictionary()  # by the count on the device
         self._captured = False  # whether a graph may have been replayed, whose steps the device alone counts
@@ -68,9 +68,12 @@ class Outcomes:
         states: Sequence[dict[str, Any]],
         measures: Tensor | None = None,
         listener: Listener | None = None,
+        *,
+        resets: bool = False,
     ) -> None:
         """The outcomes (uint8, one a state) and measures (fp64, three a state) of a step that has been enqueued.
 
+        `resets`: at a refresh steps are counted from 0 again (``moments="reset"``).
         The listener is told of all states, in their order, once the step is known; never, where it is captured.
         """
         if outcomes.device.type == "cpu":
@@ -89,22 +92,26 @@ class Outcomes:
                 copy = _on_its_way(outcomes)  # the last to come
                 event = torch.cuda.Event()
                 event.record()
-            self._pending.append((event, copy, list(states), measured, listener))
+            self._pending.append((event, copy, list(states), resets, measured, listener))
 
     def settle(self) -> None:
         """Waits for the steps enqueued before, and counts them."""
         if not self._pending and not self._captured:
             return
         capturing = torch.cuda.is_current_stream_capturing()
-        for event, outcomes, states, measures, listener in self._pending:
+        for event, outcomes, states, resets, measures, listener in self._pending:
             if capturing:  # no event may be asked then: watched is the memory that the outcomes come to
                 while bool((outcomes == _UNKNOWN).any()):
                     time.sleep(1e-4)
             else:
                 event.synchronize()
-            _count(outcomes, states, lambda state, _: self.taken(state), measures, listener)
+
+            def before(state: dict[str, Any], outcome: int, resets: bool = resets) -> int:
+                return 0 if resets and outcome == _REFRESHED else self.taken(state)
+
+            _count(outcomes, states, before, measures, listener)
             for state, outcome in zip(states, outcomes.tolist(), strict=True):
-                self._taken[state["step"]] = self.taken(state) + (outcome >= _STEPPED)
+                self._taken[state["step"]] = before(state, outcome) + (outcome >= _STEPPED)
         self._pending.clear()
         if self._captured and not capturing:
             self._taken.clear()

@@ -209,6 +209,8 @@ def _adaptive(
     seed: int,
     key: int,
     refresh: int,
+    min_rank: int,
+    multiple: int,
 ) -> tuple[Tensor, Tensor, float, list[float], int]:
     """One matrix, by deflation (randQB, Martinsson and Voronin 2016).
 
@@ -256,7 +258,7 @@ def _adaptive(
         left = energy(rest)
         residuals.append(math.sqrt(left / total))
 
-    while q.shape[1] < columns and left > threshold:
+    while q.shape[1] < columns and (left > threshold or q.shape[1] < min_rank):
         add_block()
     trim = trim and left <= threshold
     for _ in range(extra_blocks if trim else 0):  # so that trimming comes close to the smallest rank
@@ -265,10 +267,12 @@ def _adaptive(
 
     if trim or q.shape[1] > max_rank:
         q, b, energies = _by_energy(q, b)
-        rank = q.shape[1]
-        while rank > max_rank or (trim and rank > 0 and left + float(energies[rank - 1]) <= threshold):
+        rank, beyond = q.shape[1], left
+        while rank > max_rank or (trim and rank > 0 and beyond + float(energies[rank - 1]) <= threshold):
             rank -= 1
-            left += float(energies[rank])
+            beyond += float(energies[rank])
+        rank = min(max(min_rank, -(-rank // multiple) * multiple), max_rank, q.shape[1])
+        left += float(energies[rank:].sum())
         q, b = q[:, :rank], b[:rank]
     short = FLOOR if tau < 200 * _UNIT_ROUNDOFF[dtype] else RANK_CAP
     status = CONVERGED if left <= threshold else short
@@ -293,8 +297,10 @@ def adaptive_range_finder(
     seed: int = 0,
     key: int = 0,
     refresh: int = 0,
+    min_rank: int = 0,
+    multiple: int = 1,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Adaptive range finder of every matrix of a batch (Penke 2024).
+    """Adaptive range finder of every matrix of a batch (Penke 2024); the last two as of `adaptive_range_finders`.
 
     `method`, `between`, `panel` and `look_ahead` make no difference here, nor to what is found but for rounding.
     """
@@ -315,7 +321,20 @@ def adaptive_range_finder(
     factor = torch.zeros(count, cap if implicit else 0, cap if implicit else 0, dtype=dtype)
     for i, x in enumerate(matrices):
         q, b, residual[i], history, status[i] = _adaptive(
-            x, tolerance, relative, block, cap, sketch, trim, extra_blocks, columns, seed, key + i, refresh
+            x,
+            tolerance,
+            relative,
+            block,
+            cap,
+            sketch,
+            trim,
+            extra_blocks,
+            columns,
+            seed,
+            key + i,
+            refresh,
+            min(min_rank, cap),
+            multiple,
         )
         r = rank[i] = q.shape[1]
         basis[i, :, :r], coefficients[i, :r] = q, b
@@ -344,11 +363,22 @@ def adaptive_range_finders(
     method: str = "auto",
     sketch: str = "half_power",
     seed: int = 0,
+    min_rank: int = 0,
+    multiple: int = 1,
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
     """Adaptive range finders of many matrices or stacks."""
     found = [
         adaptive_range_finder(
-            a, tolerance, max_rank=max_rank, block=block, sketch=sketch, seed=seed, key=key, refresh=refresh
+            a,
+            tolerance,
+            max_rank=max_rank,
+            block=block,
+            sketch=sketch,
+            seed=seed,
+            key=key,
+            refresh=refresh,
+            min_rank=min_rank,
+            multiple=multiple,
         )
         for a, key, refresh in zip(matrices, keys, refreshes, strict=True)
     ]
@@ -598,6 +628,7 @@ def projected_adamw_(
     residual: str = "drop",
     residual_scale: float = 1.0,
     residual_states: Sequence[Tensor] | None = None,
+    refresh_at: str = "start",
 ) -> Tensor:
     """One step of GaLore's projected AdamW (Zhao et al. 2024, algorithm 2) for every matrix, in place."""
 
@@ -614,6 +645,9 @@ def projected_adamw_(
             key=key,
             refresh=refresh,
         )
+        if known and moments == "keep":  # singular vectors have no sign: that of the previous ones
+            signs = torch.where((found * q).sum(0) < 0, -1, 1)
+            found, b = found * signs, b * signs.unsqueeze(1)
         return found, b, int(status)
 
     def step(
@@ -628,14 +662,12 @@ def projected_adamw_(
         if residual == "feedback":
             g = g + residual_scale * kept
         known = bool(q.any())
+        at_end = refresh_at == "end" and refresh > 0 and known and given is None
         new_q, outcome = None, STEPPED
         if given is not None:  # of a refresh made elsewhere
             r, outcome = given.to(dtype), REFRESHED
-        elif refresh >= 0 or not known:
+        elif not known or (refresh >= 0 and not at_end):
             new_q, r, status = new_subspace(g.mT if side == 0 else g, q, known, key, max(refresh, 0))
-            if known and moments == "keep":  # singular vectors have no sign: that of the previous ones
-                signs = torch.where((new_q * q).sum(0) < 0, -1, 1)
-                new_q, r = new_q * signs, r * signs.unsqueeze(1)
             r = r.mT if side == 0 else r
             outcome = REFRESHED
             if status == ZERO:
@@ -649,17 +681,14 @@ def projected_adamw_(
         if outcome == DECAYED:
             w.mul_(decay)
             return DECAYED
+        if moments == "reset" and outcome == REFRESHED:
+            t = 0
         if new_q is not None:
-            if known and moments == "rotate" and t > 0:
-                rotated = rotate_moments(m, v, q, new_q, side, 1 - beta1**t, 1 - beta2**t)
-                if residual == "feedback":
-                    lost = back(m) - back(rotated[0], new_q)
-                    lost *= (-1 if maximize else 1) * beta1 / (1 - beta1)
-                    g = g + (residual_scale * lost).to(g.dtype)
-                m.copy_(rotated[0])
-                v.copy_(rotated[1])
-            q.copy_(new_q)
-
+            before = back(m)
+            move(tensors, new_q, known, t, side)
+            if residual == "feedback" and known and moments == "rotate" and t > 0:
+                lost = (before - back(m)) * (-1 if maximize else 1) * beta1 / (1 - beta1)
+                g = g + (residual_scale * lost).to(g.dtype)
         n = _direction(r, m, v, t + 1, beta1, beta2, eps, maximize, correct_bias, arithmetic)
 
         update = back(n)
@@ -686,7 +715,23 @@ def projected_adamw_(
         elif residual == "feedback":
             kept.copy_(outside)
         _decay_and_update(w, lr * scale * update, decay, arithmetic)
+        if at_end:
+            new_q, _, status = new_subspace(g.mT if side == 0 else g, q, known, key, refresh)
+            if status == CONVERGED:
+                move(tensors, new_q, known, t + 1, side)
+                outcome = REFRESHED
         return outcome
+
+    def move(tensors: Sequence[Tensor], new_q: Tensor, known: bool, t: float, side: int) -> None:
+        _, _, m, v, q, _ = tensors
+        if moments == "reset":
+            m.zero_()
+            v.zero_()
+        elif known and moments == "rotate" and t > 0:
+            rotated = rotate_moments(m, v, q, new_q, side, 1 - beta1**t, 1 - beta2**t)
+            m.copy_(rotated[0])
+            v.copy_(rotated[1])
+        q.copy_(new_q)
 
     def matrices(x: Tensor) -> list[Tensor]:
         return list(x if x.dim() == 3 else x.unsqueeze(0))
@@ -699,10 +744,12 @@ def projected_adamw_(
             _scales(exp_avgs[i], i, (exp_avg_scales, exp_avg_sq_scales)),
             _compute_dtype(param),
         )
-        tensors = zip(
-            *map(matrices, (param, grads[i], stored.mean, stored.square, bases[i])),
-            _of_matrices(param, None if residual_states is None else residual_states[i]),
-            strict=True,
+        tensors = list(
+            zip(
+                *map(matrices, (param, grads[i], stored.mean, stored.square, bases[i])),
+                _of_matrices(param, None if residual_states is None else residual_states[i]),
+                strict=True,
+            )
         )
         given = coefficients[i]
         outcomes = [
@@ -718,6 +765,12 @@ def projected_adamw_(
         ]
         # A stack keeps one clock, and has refreshed or stepped if any of its matrices has.
         outcome = next((o for o in (REFRESHED, STEPPED, DECAYED) if o in outcomes), SKIPPED)
+        if moments == "reset" and outcome == REFRESHED:
+            steps[i].zero_()
+            for (_, _, m, v, _, _), mine in zip(tensors, outcomes, strict=True):
+                if mine != REFRESHED:
+                    m.zero_()
+                    v.zero_()
         if outcome in (STEPPED, REFRESHED):
             steps[i].add_(1)
             stored.write()

@@ -42,7 +42,9 @@ class RefinementKeys(TypedDict, total=False):
     power: int
     oversampling: int
     moments: str
+    refresh_at: str
     tolerance: float | None
+    min_rank: int | None
     nonfinite: str
     seed: int
     stochastic_rounding: bool
@@ -74,7 +76,8 @@ _CHOICES = {
     "proj_type": ("std", "reverse_std", "left", "right", "full", "tucker"),
     "projector": ("range_finder", "svd"),
     "sketch": ("warm", "plain", "half_power", "power"),
-    "moments": ("rotate", "keep"),
+    "moments": ("rotate", "keep", "reset"),
+    "refresh_at": ("start", "end"),
     "nonfinite": ("skip", "raise"),
     "residual": ("drop", "scaled", "sign", "normalized", "feedback"),
     "arithmetic": ("torch", "galore_torch", "bitsandbytes"),
@@ -121,8 +124,12 @@ class SubspaceOptions:
             ``"half_power"``, ``"power"`` from a Gaussian test matrix.
         power: power steps of ``sketch="power"``.
         oversampling: columns sketched beyond the rank and cut off again.
-        moments: at a refresh, ``"rotate"`` into the new basis or ``"keep"`` as they are (published).
-        tolerance: at each refresh, the smallest rank whose relative residual is within it.
+        moments: at a refresh, ``"rotate"`` into the new basis, ``"keep"`` as they are (published) or ``"reset"``
+            to zero, their count of steps (``state["step"]``) too.
+        refresh_at: whether a new basis serves in the step that finds it (``"start"``) or from the next one on
+            (``"end"``): a warm start is then half as dear, since the step's projection is its first product.
+        tolerance: at each refresh, the smallest multiple of 8 as rank whose relative residual is within it.
+        min_rank: the least rank with `tolerance`; like the cap it need be no multiple of 8.
         nonfinite: a gradient with NaN or infinity leaves its matrix alone (``"skip"``) or, before anything
             is written, raises FloatingPointError (``"raise"``).
         seed: of all test matrices, and of rounding.
@@ -154,7 +161,9 @@ class SubspaceOptions:
     power: int = 1
     oversampling: int = 0
     moments: str = "rotate"
+    refresh_at: str = "start"
     tolerance: float | None = None
+    min_rank: int | None = None
     nonfinite: str = "skip"
     seed: int = 0
     stochastic_rounding: bool = False
@@ -185,10 +194,28 @@ class SubspaceOptions:
                 )
         if self.tolerance is not None:
             _check_number("tolerance", self.tolerance, lambda x: 0 < x < 1, "between 0 and 1, or None")
-            if self.projector != "range_finder" or self.moments != "rotate":
+            if self.projector != "range_finder" or self.moments == "keep":
                 raise ValueError(
-                    f"tolerance goes with projector='range_finder' and moments='rotate' (ranks change), "
+                    f"tolerance goes with projector='range_finder' and moments='rotate' or 'reset' (ranks change), "
                     f"got {self.projector!r} and {self.moments!r}"
+                )
+        if self.min_rank is not None:
+            _check_int("min_rank", self.min_rank, 1, "a positive integer or None")
+            if self.tolerance is None:
+                raise ValueError(f"min_rank goes with tolerance, got {self.min_rank} and None")
+            if self.rank is not None and self.min_rank > self.rank:
+                raise ValueError(
+                    f"min_rank must be at most rank, the cap, got {self.min_rank} and {self.rank}"
+                )
+        if self.residual == "feedback" and self.refresh_at == "end":
+            raise ValueError("residual='feedback' goes with refresh_at='start', got 'end'")
+        if self.moments == "reset":
+            if self.refresh_at == "end":
+                raise ValueError("moments='reset' goes with refresh_at='start', got 'end'")
+            if self.stochastic_rounding:
+                raise ValueError(
+                    "stochastic_rounding, whose random numbers go by the count of steps, goes with "
+                    "moments='rotate' or 'keep', got 'reset'"
                 )
         for name, allowed in _CHOICES.items():
             if getattr(self, name) not in allowed:
@@ -427,6 +454,7 @@ def refresh(
     return projected
 
 
+_RANK_MULTIPLE = 8  # of ranks by tolerance: widths that products and vector units take well
 Found = tuple[Tensor, Tensor] | None  # a new basis and the projected gradient in it, in the compute dtype
 T = TypeVar("T")
 
@@ -456,7 +484,7 @@ def _moved(
     moved: dict[str, Any] = {"basis": basis.to(state["basis"].dtype), "rank": basis.shape[-1]}
     steps = float(state["step"])
     rotated: Sequence[Tensor] = ()
-    if steps == 0 or state["refreshes"] == 0:
+    if steps == 0 or state["refreshes"] == 0 or options.moments == "reset":
         shape, _ = state_shapes(grad, state["side"], basis.shape[-1])
         rotated = [projected.new_zeros(shape) for _ in moments.NAMES]
     elif options.moments == "rotate" or basis.shape[-1] != state["rank"]:
@@ -493,6 +521,8 @@ def _find_all(
         [state["key"] for state in states],
         [state["refreshes"] for state in states],
         seed=options.seed,
+        min_rank=options.min_rank or 0,
+        multiple=_RANK_MULTIPLE,
     )
     result: list[Found] = []
     for state, basis, b, rank, status in zip(states, *found, strict=True):

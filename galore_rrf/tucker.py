@@ -58,7 +58,9 @@ def step(
     g = g.to(compute_dtype(p))
     rank = rank_of(p, options) or state["rank"]
     found, seconds = None, 0.0
-    if refresh_due(state, int(state["step"]), options.update_proj_gap):
+    due = refresh_due(state, int(state["step"]), options.update_proj_gap)
+    at_end = options.refresh_at == "end" and state["refreshes"] > 0
+    if due and not at_end:
         start = time.perf_counter()
         found = unless_out_of_memory(partial(_refreshed, state, g, rank, options, betas))
         seconds = time.perf_counter() - start
@@ -74,9 +76,9 @@ def step(
     if not bool(core.isfinite().all()):
         return seconds
     if found is not None:
-        _keep_bases(state, {name: basis.to(p.dtype) for name, basis in bases.items()})
-        state["rank"] = rank
-        state["refreshes"] += 1
+        _keep_bases(state, bases, p.dtype)
+        if options.moments == "reset":
+            state["step"].zero_()
         state["last_refresh"] = int(state["step"])
     dtype = g.dtype
     del g  # half precision is cast once more
@@ -106,6 +108,17 @@ def step(
     add_product_(basis, _unfolded(update, first), beta=decay, alpha=alpha)
     if stepped.data_ptr() != p.data_ptr():
         p.copy_(_folded(stepped, weight.shape, first).reshape(p.shape))
+    if due and at_end:
+        start = time.perf_counter()
+        g = projected_form(grad, state["side"]).to(dtype)
+        found = unless_out_of_memory(partial(_refreshed, state, g, rank, options, betas))
+        if found is not None:
+            bases, _, mean, square = found
+            _keep_bases(state, bases, p.dtype)
+            for name, moment in zip(moments.NAMES, (mean, square), strict=True):
+                state |= moments.kept(name, moment, state[name].dtype)
+            state["last_refresh"] = int(state["step"]) - 1
+        seconds = time.perf_counter() - start
     return seconds
 
 
@@ -117,7 +130,7 @@ def _refreshed(
     if found is None:
         return None
     bases, core = found
-    if not state["refreshes"]:
+    if not state["refreshes"] or options.moments == "reset":
         return bases, core, torch.zeros_like(core), torch.zeros_like(core)
     mean, square = (moments.values(state, name).to(grad.dtype) for name in moments.NAMES)
     if options.moments == "rotate" or rank != state["rank"]:
@@ -150,14 +163,17 @@ def rotated(
     return mean.contiguous(), square.contiguous()
 
 
-def _keep_bases(state: dict[str, Any], bases: dict[str, Tensor]) -> None:
+def _keep_bases(state: dict[str, Any], found: dict[str, Tensor], dtype: torch.dtype) -> None:
     """Puts new bases in place of the old; where they are of other modes, before the ints as in a new state."""
+    bases = {name: basis.to(dtype) for name, basis in found.items()}
     if bases.keys() != bases_of(state).keys():
         ints = {key: state.pop(key) for key in STATE_KEYS[4:]}
         for name in bases_of(state):
             del state[name]
         state |= {**bases, **ints}
     state |= bases
+    state["rank"] = next(iter(bases.values())).shape[-1]
+    state["refreshes"] += 1
 
 
 def find(
@@ -219,10 +235,13 @@ def project(state: Mapping[str, Any], grad: Tensor) -> Tensor:
 
 
 def measures(
-    state: Mapping[str, Any], grad: Tensor, before: Mapping[str, Tensor]
+    state: Mapping[str, Any], grad: Tensor, before: Mapping[str, Tensor], used: Mapping[str, Tensor]
 ) -> tuple[float, float, float]:
-    """Of a refresh, what `ops.projected_adamw_` measures; the angles are the mean over modes with a basis `before`."""
-    core = project(state, grad.to(compute_dtype(grad)))
+    """Of a refresh, what `ops.projected_adamw_` measures; the angles are the mean over modes with a basis `before`.
+
+    `used`: the bases of the step.
+    """
+    core = project(used, grad.to(compute_dtype(grad)))
     energy, kept = _squared_norm(grad), _squared_norm(core)
     now = bases_of(state)
     cosines = [float(squared_cosine(before[name], now[name])) for name in now if name in before]

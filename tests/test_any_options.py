@@ -25,7 +25,8 @@ OPTIONS = st.fixed_dictionaries(
         "sketch": st.sampled_from(["warm", "plain", "half_power", "power"]),
         "power": st.integers(0, 2),
         "oversampling": st.integers(0, 20),
-        "moments": st.sampled_from(["rotate", "keep"]),
+        "moments": st.sampled_from(["rotate", "keep", "reset"]),
+        "refresh_at": st.sampled_from(["start", "end"]),
         "nonfinite": st.sampled_from(["skip", "raise"]),
         "residual": st.sampled_from(["drop", "scaled", "sign", "normalized", "feedback"]),
         "residual_scale": st.floats(0, 2),
@@ -46,7 +47,10 @@ OPTIONS = st.fixed_dictionaries(
 def test_any_valid_options_train(device, keys, tolerance, shape, dtype):
     """Guards against a combination of options that crashes or leaves a state out of shape."""
     if tolerance is not None:
-        keys = {**keys, "tolerance": tolerance, "projector": "range_finder", "moments": "rotate"}
+        keys = {**keys, "tolerance": tolerance, "projector": "range_finder"}
+        keys["moments"] = "reset" if keys.get("moments") == "reset" else "rotate"
+    if keys.get("moments") == "reset":
+        keys = {**keys, "refresh_at": "start"}
     p = torch.nn.Parameter(torch.ones(shape, dtype=dtype, device=device))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # kept moments with frequent refreshes

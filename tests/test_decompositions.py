@@ -365,6 +365,60 @@ def test_list_agrees_with_the_reference(device, same_sketch):
         assert torch.equal(got[3][i].cpu(), expected[3][i])
 
 
+@pytest.mark.parametrize(("min_rank", "multiple"), [(0, 4), (7, 1), (7, 2), (12, 4)])
+@pytest.mark.parametrize("sketch", ["plain", "half_power"])
+@pytest.mark.parametrize("method", ["left_looking", "right_looking"])
+def test_ranks_are_multiples_and_no_less_than_the_least(device, method, sketch, min_rank, multiple):
+    """Guards against a rank rounded down, beyond the cap, or taken from columns that were never computed."""
+    matrices = [a.double() for a in many(device)]
+    keys, refreshes = list(range(len(matrices))), [1] * len(matrices)
+    options = {"block": 4, "method": method, "sketch": sketch}
+    for tolerance in (0.7, 0.3, 0.05):
+        plain = ops.adaptive_range_finders(matrices, tolerance, 14, keys, refreshes, **options)
+        found = ops.adaptive_range_finders(
+            matrices, tolerance, 14, keys, refreshes, min_rank=min_rank, multiple=multiple, **options
+        )
+        for a, q, b, ranks, without in zip(matrices, *found[:3], plain[2], strict=True):
+            cap = min(14, *a.shape[-2:])
+            expected = (-(-without // multiple) * multiple).clamp(min=min(min_rank, cap), max=cap)
+            assert bool((ranks <= expected).all())  # more columns to choose from may do with fewer
+            assert bool(((ranks % multiple == 0) | (ranks == min(min_rank, cap)) | (ranks == cap)).all())
+            assert bool((ranks >= min(min_rank, cap)).all())
+            x = a.unsqueeze(0) if a.dim() == 2 else a
+            for i, rank in enumerate(ranks.reshape(-1).tolist()):
+                basis = q.reshape(-1, *q.shape[-2:])[i, :, :rank]
+                assert_orthonormal(basis.cpu(), UNIT_ROUNDOFF[torch.float64])
+                coefficients = b.reshape(-1, *b.shape[-2:])[i]
+                torch.testing.assert_close(coefficients[:rank], basis.mT @ x[i], rtol=0, atol=1e-9)
+                assert not coefficients[rank:].any()
+                if rank < cap:
+                    left = float(torch.linalg.norm(x[i] - basis @ coefficients[:rank]))
+                    assert left <= tolerance * float(torch.linalg.norm(x[i])) * (1 + 1e-9)
+
+
+def test_least_ranks_agree_with_the_reference(device, same_sketch):
+    """Guards against blocks that stop before the least rank, by ranks and statuses of the formulae in fp64."""
+    matrices = [a.double() for a in many("cpu")]
+    keys, refreshes = list(range(len(matrices))), [2] * len(matrices)
+    for options in ({"min_rank": 9}, {"multiple": 4}, {"min_rank": 11, "multiple": 2}):
+        got = ops.adaptive_range_finders(
+            [a.to(device) for a in matrices],
+            0.5,
+            13,
+            keys,
+            refreshes,
+            block=4,
+            seed=1,
+            sketch="plain",
+            **options,
+        )
+        expected = reference.adaptive_range_finders(
+            matrices, 0.5, 13, keys, refreshes, block=4, seed=1, sketch="plain", **options
+        )
+        for mine, theirs in zip(got[2] + got[3], expected[2] + expected[3], strict=True):
+            assert torch.equal(mine.cpu(), theirs)
+
+
 def test_bad_matrices_of_a_list(device):
     """Guards against one NaN, zero or absurd entry that reaches the other matrices."""
     good = polynomial(20, 30).float().to(device)

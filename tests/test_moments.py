@@ -299,27 +299,33 @@ def decoded(state, scales, name):
     ]
 
 
-@pytest.mark.parametrize("rotated", ["rotate", "keep"])
+@pytest.mark.parametrize("together", [False, True])
+@pytest.mark.parametrize("rotated", ["rotate", "at the end", "reset", "keep"])
 @pytest.mark.parametrize("state_dtype", STATE_DTYPES, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
-def test_projected_step_equals_the_reference(device, same_sketch, dtype, state_dtype, rotated):
+def test_projected_step_equals_the_reference(device, same_sketch, dtype, state_dtype, rotated, together):
     """Guards against codes read in another order than they were written, of a side, a stack or a refresh."""
     mine, my_scales = projected(dtype, state_dtype, device)
     theirs = mine.on_cpu()
+    off_by = (
+        0.006 if rotated == "at the end" else 0.003
+    )  # what a step has rounded is rounded again as it moves
     their_scales = {name: [s.cpu().clone() for s in scales] for name, scales in my_scales.items()}
     for number, refresh in enumerate((0, -1, -1) if rotated == "keep" else (0, -1, 1, -1)):
         grads = mine.grads(number)
         given = None
-        outcomes = mine.step(projected_adamw_, grads, refresh, moments=rotated, **my_scales)
+        options = (
+            {"moments": "rotate", "refresh_at": "end"} if rotated == "at the end" else {"moments": rotated}
+        )
+        here = {"asynchronous": together or device.type != "cpu"}
+        outcomes = mine.step(projected_adamw_, grads, refresh, **options, **my_scales, **here)
         if rotated == "keep" and refresh >= 0:  # singular vectors have no sign
             theirs.bases = [q.cpu().clone() for q in mine.bases]
             given = [
                 g.to(q.dtype) @ q if side == RIGHT else q.mT @ g.to(q.dtype)
                 for g, q, side in zip(grads, mine.bases, mine.sides, strict=True)
             ]
-        expected = theirs.step(
-            reference.projected_adamw_, grads, refresh, given, moments=rotated, **their_scales
-        )
+        expected = theirs.step(reference.projected_adamw_, grads, refresh, given, **options, **their_scales)
         assert outcomes == expected
         for p, q in zip((p.cpu() for p in mine.params), theirs.params, strict=True):
             off = (p.double() - q.double()).abs()
@@ -329,7 +335,7 @@ def test_projected_step_equals_the_reference(device, same_sketch, dtype, state_d
             pairs = zip(decoded(mine, my_scales, name), decoded(theirs, their_scales, name), strict=True)
             for a, b in pairs:
                 assert float((a - b).abs().max()) <= 0.03 * float(b.abs().max())
-                assert float((a - b).abs().mean()) <= 0.003 * float(b.abs().max())
+                assert float((a - b).abs().mean()) <= off_by * float(b.abs().max())
 
 
 @pytest.mark.parametrize("state_dtype", STATE_DTYPES, ids=str)
@@ -413,6 +419,8 @@ def test_trained_as_with_fp32_moments(device, kind, state_dtype, allowed):
         set_gradients([v, small_too], step)
         exact.step()
         opt.step()
+    if kind == "tolerance":  # five of its eight columns are noise, which Adam makes as large as the rest
+        allowed *= 1.25
     assert float((v - w).detach().norm() / (w - start).detach().norm()) <= allowed
     torch.testing.assert_close(small, small_too, rtol=0, atol=1e-3 if state_dtype == torch.uint8 else 0.02)
 

@@ -43,7 +43,7 @@ def test_pending_steps_are_counted_once(monkeypatch):
     told = []
     measures = torch.tensor([[4.0, 3.0, 0.5], [2.0, 1.0, math.nan], [math.nan, math.nan, math.nan]])
     known = torch.tensor([REFRESHED, STEPPED, SKIPPED], dtype=torch.uint8)
-    outcomes._pending.append((event, known, states, measures, told.extend))
+    outcomes._pending.append((event, known, states, False, measures, told.extend))
     for _ in range(2):
         outcomes.settle()
         assert [s["refreshes"] for s in states] == [3, 2, 1]
@@ -55,6 +55,20 @@ def test_pending_steps_are_counted_once(monkeypatch):
         torch.testing.assert_close(torch.tensor([t.measures for t in told]), measures, equal_nan=True)
 
 
+@pytest.mark.usefixtures("_not_capturing")
+def test_pending_resets_begin_again(monkeypatch):
+    """Guards against a count that goes on where the device's has begun again."""
+    states = [state(1, 2, 5), state(8, 2, 5)]
+    outcomes = Outcomes()
+    outcomes._taken.update({s["step"]: 7 for s in states})
+    monkeypatch.setattr(Outcomes, "taken", lambda self, s: self._taken[s["step"]])
+    told = torch.tensor([REFRESHED, STEPPED], dtype=torch.uint8)
+    outcomes._pending.append((Event(), told, states, True, None, None))
+    outcomes.settle()
+    assert [(s["refreshes"], s["last_refresh"]) for s in states] == [(3, 0), (2, 5)]
+    assert [outcomes.taken(s) for s in states] == [1, 8]
+
+
 def test_a_step_before_a_capture_is_counted_without_a_call(monkeypatch):
     """Guards against a graph that is captured on the decision of the step before last."""
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
@@ -63,7 +77,7 @@ def test_a_step_before_a_capture_is_counted_without_a_call(monkeypatch):
     outcomes._taken[one["step"]] = 4
     monkeypatch.setattr(Outcomes, "taken", lambda self, s: self._taken[s["step"]])
     told = torch.tensor([255], dtype=torch.uint8)
-    outcomes._pending.append((event, told, [one], None, None))
+    outcomes._pending.append((event, told, [one], False, None, None))
     timer = threading.Timer(0.05, lambda: told.fill_(REFRESHED))
     timer.start()
     outcomes.settle()
@@ -79,7 +93,7 @@ def test_replays_are_counted_by_the_device(monkeypatch):
     outcomes, event = Outcomes(), Event()
     outcomes._captured = True
     outcomes._taken[one["step"]] = 4
-    outcomes._pending.append((event, torch.tensor([STEPPED], dtype=torch.uint8), [one], None, None))
+    outcomes._pending.append((event, torch.tensor([STEPPED], dtype=torch.uint8), [one], False, None, None))
     outcomes.settle()
     assert len(outcomes._taken) == 0  # read again when asked for
 

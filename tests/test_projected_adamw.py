@@ -127,7 +127,9 @@ def follow(mine: State, accuracy, weight_accuracy=None, schedule=(0, -1, 1, -1, 
         outcomes = mine.step(projected_adamw_, grads, refresh, **options)
         assert all(torch.equal(g, b) for g, b in zip(grads, before, strict=True))
         given = None
-        if options.get("moments") == "keep" and refresh >= 0:
+        # At the end of a step signs are those of the basis before.
+        unsigned = refresh == 0 or options.get("refresh_at") != "end"
+        if options.get("moments") == "keep" and refresh >= 0 and unsigned:
             probe = theirs.copy()
             probe.step(reference.projected_adamw_, grads, refresh, **options)
             for q, p in zip((q.cpu() for q in mine.bases), probe.bases, strict=True):
@@ -143,9 +145,28 @@ def follow(mine: State, accuracy, weight_accuracy=None, schedule=(0, -1, 1, -1, 
             assert_orthonormal(q.cpu(), UNIT_ROUNDOFF[q.dtype])
 
 
+def measured(state, grads, refresh, **options):
+    """A step's outcomes and measures."""
+    out = torch.zeros(len(state.params), 3, dtype=torch.float64, device=state.params[0].device)
+    outcomes = state.step(projected_adamw_, grads, refresh, measures=out, **options)
+    return outcomes, out.cpu()
+
+
+def by_formula(before, after, grads, i, only=slice(None)):
+    """Parameter i's measures, from bases, gradients and angles in fp64."""
+
+    def matrices(x):
+        return (x.unsqueeze(0) if x.dim() == 2 else x).cpu().double()[only]
+
+    g, old, new = matrices(grads[i]), matrices(before.bases[i]), matrices(after.bases[i])
+    cosines = torch.linalg.svdvals(new.mT @ old) if bool(old.any()) else torch.tensor(math.nan)
+    projected = project(g, new, before.sides[i])
+    return [float(g.square().sum()), float(projected.square().sum()), float(cosines.square().mean())]
+
+
 @pytest.mark.parametrize("maximize", [False, True])
 @pytest.mark.parametrize("arithmetic", ["torch", "galore_torch", "bitsandbytes"])
-@pytest.mark.parametrize("moments", ["rotate", "keep"])
+@pytest.mark.parametrize("moments", ["rotate", "keep", "reset"])
 @pytest.mark.parametrize("sketch", ["plain", "half_power", "power", "warm"])
 def test_every_option(device, same_sketch, sketch, moments, arithmetic, maximize):
     """Guards against any departure from the formulae, in fp64, over mixed shapes, sides and stacks."""
@@ -158,7 +179,8 @@ def test_every_option(device, same_sketch, sketch, moments, arithmetic, maximize
 @pytest.mark.parametrize("options", [{"power": 2, "sketch": "power"}, {"oversampling": 3, "moments": "keep"},
                                      {"weight_decay": 0.0}, {"lr": 0.0}, {"beta1": 0.0}, {"correct_bias": False},
                                      {"correct_bias": False, "arithmetic": "galore_torch"}, {"scale": 0.25},
-                                     {"seed": 2**40}])  # fmt: skip
+                                     {"seed": 2**40},
+                                     {"oversampling": 3, "moments": "keep", "refresh_at": "end"}])  # fmt: skip
 def test_other_options(device, same_sketch, options):
     """Guards against an option that is dropped on its way."""
     follow(State(MIXED, device=device), 1e-8, **options)
@@ -213,6 +235,144 @@ def test_kept_moments_find_their_columns(device, side, sketch):
         )  # fmt: skip
         if number > 0:
             assert float((before * state.bases[0]).sum(0).min()) > 0.9
+
+
+@pytest.mark.parametrize("options", [{}, {"maximize": True, "arithmetic": "galore_torch"}], ids=str)
+@pytest.mark.parametrize("moments", ["rotate", "keep"])
+@pytest.mark.parametrize("sketch", ["plain", "half_power", "power", "warm"])
+def test_refreshed_at_the_end(device, same_sketch, sketch, moments, options):
+    """Guards against a basis that serves too early, moments rotated by the wrong count or into the wrong basis,
+    and a warm start that is not the one of G^T Q.  The first refresh serves at once."""
+    follow(
+        State(ALIKE, device=device), 1e-7, schedule=(0, -1, 1, 2, -1, 3),
+        refresh_at="end", sketch=sketch, moments=moments, **options,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("strides", ["contiguous", "transposed", "strided"])
+@pytest.mark.parametrize(
+    ("dtype", "basis_dtype", "accuracy"),
+    [
+        (torch.float32, torch.float32, 1e-4),
+        (torch.bfloat16, torch.bfloat16, 0.03),
+        (torch.float16, torch.float16, 4e-3),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("side", [RIGHT, LEFT])
+@pytest.mark.parametrize(("shape", "rank"), [((20, 31), 6), ((2, 12, 19), 4), ((300, 450), 8)])
+def test_refreshed_at_the_end_in_other_dtypes(
+    device, same_sketch, shape, rank, side, dtype, basis_dtype, accuracy, strides
+):
+    """Guards against a projection that is read as a panel in another order, of another side or dtype."""
+    state = State([(shape, rank, side)], dtype, basis_dtype, strides, device)
+    follow(state, accuracy, schedule=(0, 1, 2), refresh_at="end")
+
+
+@pytest.mark.parametrize("size", [1e-150, 1e150])
+@pytest.mark.parametrize("sketch", ["warm", "half_power"])
+def test_refreshed_at_the_end_by_extreme_gradients(device, same_sketch, sketch, size):
+    """Guards against a projection that is taken for one of the scaled gradient."""
+    mine = State(MIXED, device=device)
+    for number in range(3):
+        grads = [g * size for g in mine.grads(number)]
+        theirs = mine.on_cpu()
+        options = {"refresh_at": "end", "sketch": sketch, "eps": 0.03 * size}
+        assert mine.step(projected_adamw_, grads, number, **options) == [REFRESHED] * len(MIXED)
+        theirs.step(reference.projected_adamw_, grads, number, **options)
+        assert_equal(mine, theirs, 1e-7, lists=["params", "bases", "steps"])
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, 0.0])
+@pytest.mark.parametrize("moments", ["rotate", "keep"])
+def test_at_the_end_bad_gradients_refresh_nothing(device, moments, value):
+    """Guards against a basis of NaN, or lost to a zero gradient, beside those of others that move."""
+    state = State(ALIKE, torch.float32, device=device)
+    state.step(projected_adamw_, state.grads(0), 0)
+    before, clean = state.copy(), state.copy()
+    grads = state.grads(1)
+    options = {"moments": moments, "refresh_at": "end"}
+    clean.step(projected_adamw_, [g.clone() for g in grads], 1, **options)
+    bad = STEPPED if value == 0 else SKIPPED
+    for i in (0, 1):
+        if value == 0:
+            grads[i].zero_()
+        else:
+            grads[i][2, 3] = value
+    if value != 0:
+        grads[3][1, 4, 4] = value
+    outcomes = state.step(projected_adamw_, grads, 1, **options)
+    assert outcomes == [bad, bad, *[REFRESHED] * (len(ALIKE) - 2)]
+    for name, mine in state.lists().items():
+        for i in (0, 1):
+            if value != 0 or name == "bases":
+                assert torch.equal(mine[i], getattr(before, name)[i])
+        for i in (2, 4):
+            torch.testing.assert_close(mine[i], getattr(clean, name)[i], rtol=0, atol=1e-5)
+        if value != 0 and name != "steps":
+            assert torch.equal(mine[3][1], getattr(before, name)[3][1])
+
+
+def test_at_the_end_a_matrix_without_a_basis_gets_one(device, together):
+    """Guards against a matrix of a stack that a NaN left without a basis at its first refresh, and then for good."""
+    state = State([((3, 14, 11), 3, RIGHT)], device=device)
+    grads = state.grads(0)
+    grads[0][1, 2, 2] = math.nan
+    assert state.step(projected_adamw_, grads, 0, refresh_at="end") == [REFRESHED]
+    assert not bool(state.bases[0][1].any())
+    weight = state.params[0][1].clone()
+    assert state.step(projected_adamw_, state.grads(1), 1, refresh_at="end") == [REFRESHED]
+    assert_orthonormal(state.bases[0].cpu(), UNIT_ROUNDOFF[torch.float64])
+    if together:  # which is not known: the basis serves from the next step on
+        torch.testing.assert_close(state.params[0][1], weight * (1 - 0.1 * 0.2), rtol=0, atol=1e-12)
+    before = state.copy()
+    assert state.step(projected_adamw_, state.grads(2), -1) == [STEPPED]
+    assert bool((state.exp_avgs[0][1] != before.exp_avgs[0][1]).any())
+
+
+def test_measures_at_the_end(device):
+    """Guards against the energy in the new basis, where the step was made in the old."""
+    state = State(ALIKE, device=device)
+    state.step(projected_adamw_, state.grads(0), 0)
+    grads, before = state.grads(1), state.on_cpu()
+    _, found = measured(state, grads, 1, refresh_at="end")
+    for i, row in enumerate(found.tolist()):
+        old = project(grads[i].cpu(), before.bases[i], before.sides[i])
+        expected = by_formula(before, state, grads, i)
+        expected[1] = float(old.square().sum())
+        assert row == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("value", [math.nan, 0.0])
+def test_a_stack_begins_again_as_one(device, same_sketch, value):
+    """Guards against moments of one matrix read at a count of steps that another's refresh has reset."""
+    mine = State([((3, 14, 11), 3, RIGHT), ((2, 9, 21), 4, LEFT)], device=device)
+    theirs = mine.on_cpu()
+    for number, refresh in enumerate((0, -1, 1, -1, -1)):
+        grads = mine.grads(number)
+        if number == 2:
+            grads[0][1] = value
+        outcomes = mine.step(projected_adamw_, grads, refresh, moments="reset")
+        assert outcomes == theirs.step(reference.projected_adamw_, grads, refresh, moments="reset")
+        if number == 2:
+            assert [float(t) for t in mine.steps] == [1.0, 1.0]
+            assert not bool(mine.exp_avgs[0][1].any())
+            assert bool(mine.exp_avgs[0][0].any())
+        assert_equal(mine, theirs, 1e-8)
+
+
+def test_a_step_before_any_reset_is_as_if_there_were_none(device):
+    """Guards against a reset where no refresh is due or none succeeds."""
+    state = State(ALIKE, device=device)
+    state.step(projected_adamw_, state.grads(0), 0)
+    other = state.copy()
+    state.step(projected_adamw_, state.grads(1), -1, moments="reset")
+    other.step(projected_adamw_, state.grads(1), -1)
+    zeros = [torch.zeros_like(w) for w in state.params]
+    assert state.step(projected_adamw_, zeros, 1, moments="reset") == [STEPPED] * len(ALIKE)
+    other.step(projected_adamw_, zeros, 1)
+    assert_equal(state, other)
+    assert float(state.steps[0]) == 3
 
 
 def test_full_rank_is_adamw(device):
@@ -505,25 +665,6 @@ def test_refresh_seconds(device, together):
     assert torch.equal(seconds[1:], first[1:])
 
 
-def measured(state, grads, refresh, **options):
-    """A step's outcomes and measures."""
-    out = torch.zeros(len(state.params), 3, dtype=torch.float64, device=state.params[0].device)
-    outcomes = state.step(projected_adamw_, grads, refresh, measures=out, **options)
-    return outcomes, out.cpu()
-
-
-def by_formula(before, after, grads, i, only=slice(None)):
-    """Parameter i's measures, from bases, gradients and angles in fp64."""
-
-    def matrices(x):
-        return (x.unsqueeze(0) if x.dim() == 2 else x).cpu().double()[only]
-
-    g, old, new = matrices(grads[i]), matrices(before.bases[i]), matrices(after.bases[i])
-    cosines = torch.linalg.svdvals(new.mT @ old) if bool(old.any()) else torch.tensor(math.nan)
-    projected = project(g, new, before.sides[i])
-    return [float(g.square().sum()), float(projected.square().sum()), float(cosines.square().mean())]
-
-
 @pytest.mark.parametrize("strides", ["contiguous", "strided"])
 @pytest.mark.parametrize("moments", ["rotate", "keep"])
 @pytest.mark.parametrize(
@@ -603,6 +744,16 @@ def test_measures_of_extreme_gradients(device, size):
     assert 0 < float(found[0, 1]) < float(found[0, 0])
 
 
+@pytest.mark.parametrize("options", [{"refresh_at": "end"}, {"stochastic_rounding": True}], ids=str)
+def test_refused_together(device, options):
+    """Guards against a count of steps that begins again after the step, or that random numbers go by."""
+    state = State(MIXED, torch.bfloat16, device=device)
+    before = state.copy()
+    with pytest.raises(ValueError, match=rf"(?=.*{next(iter(options))})(?=.*moments='reset'|.*got moments)"):
+        state.step(projected_adamw_, state.grads(0), 0, moments="reset", **options)
+    assert_equal(state, before)
+
+
 def replaced(name, value):
     def change(arguments):
         arguments[name] = value
@@ -638,6 +789,7 @@ def replaced(name, value):
         (ValueError, "arithmetic", replaced("arithmetic", "other")),
         (ValueError, "sketch", replaced("sketch", "other")),
         (ValueError, "moments", replaced("moments", "other")),
+        (ValueError, "refresh_at", replaced("refresh_at", "other")),
         (ValueError, "oversampling", replaced("oversampling", -1)),
         (ValueError, "power", replaced("power", -1)),
         (ValueError, "seed", replaced("seed", -1)),

@@ -36,30 +36,41 @@ def matrices(x):
 
 @pytest.mark.parametrize("arithmetic", ["torch", "galore_torch", "bitsandbytes"])
 @pytest.mark.parametrize("projector", ["range_finder", "svd"])
-@pytest.mark.parametrize("rotated", ["rotate", "keep"])
+@pytest.mark.parametrize("rotated", ["rotate", "keep", "reset", "at the end"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_follows_the_formula(device, shape, rotated, projector, arithmetic):
     """Guards against a side taken for the other, moments that are not moved, decay or eps at another place."""
-    keys = {"moments": rotated, "projector": projector, "arithmetic": arithmetic, "update_proj_gap": 2}
+    at_end = rotated == "at the end"
+    kept = {"moments": "rotate", "refresh_at": "end"} if at_end else {"moments": rotated}
+    keys = {**kept, "projector": projector, "arithmetic": arithmetic, "update_proj_gap": 2}
     with pytest.warns(UserWarning, match="moments='keep'") if rotated == "keep" else torch.no_grad():
         w, opt = make(device, shape, **keys)
     expected = matrices(w.detach().clone())
     m = v = p = q = None
-    for t in range(1, 7):
-        w.grad = gradient(shape, t, torch.float64, device=device)
+
+    def rotate(m, v, s, z, taken):
+        """One side, then the other."""
+        correction1, correction2 = 1 - BETAS[0] ** taken, 1 - BETAS[1] ** taken
+        mean, square = m / correction1, v / correction2
+        variance, mean = s.square() @ (square - mean.square()), s @ mean
+        square = (variance + mean.square()).abs()
+        variance, mean = (square - mean.square()) @ z.square().mT, mean @ z.mT
+        return mean * correction1, (variance + mean.square()).abs() * correction2
+
+    for number in range(1, 7):
+        w.grad = gradient(shape, number, torch.float64, device=device)
         opt.step()
         state = opt.state[w]
-        new_p, new_q = state["basis"], state["basis_right"]
-        r = new_p.mT @ matrices(w.grad) @ new_q
-        if m is None:
-            m, v = torch.zeros_like(r), torch.zeros_like(r)
-        elif rotated == "rotate" and t % 2 == 1:
-            correction1, correction2 = 1 - BETAS[0] ** (t - 1), 1 - BETAS[1] ** (t - 1)
-            s, z = new_p.mT @ p, new_q.mT @ q
-            mean, variance = m / correction1, v / correction2 - (m / correction1).square()
-            mean, variance = s @ mean @ z.mT, s.square() @ variance @ z.square().mT
-            m, v = mean * correction1, (variance + mean.square()).abs() * correction2
-        p, q = new_p.clone(), new_q.clone()
+        new_p, new_q = state["basis"].clone(), state["basis_right"].clone()
+        refreshed = number % 2 == 1
+        t = 2 - number % 2 if rotated == "reset" else number
+        if m is None or (rotated == "reset" and refreshed):
+            m = v = torch.zeros_like(state["exp_avg"])
+        elif rotated == "rotate" and refreshed:
+            m, v = rotate(m, v, new_p.mT @ p, new_q.mT @ q, t - 1)
+        if p is None or not at_end:
+            p, q = new_p, new_q
+        r = p.mT @ matrices(w.grad) @ q
         m, v = BETAS[0] * m + (1 - BETAS[0]) * r, BETAS[1] * v + (1 - BETAS[1]) * r.square()
         root = math.sqrt(1 - BETAS[1] ** t)
         eps = EPS / root if arithmetic == "galore_torch" else EPS
@@ -67,7 +78,14 @@ def test_follows_the_formula(device, shape, rotated, projector, arithmetic):
         decay = 1 - LR * DECAY
         expected = decay * expected - LR * n if arithmetic == "torch" else decay * (expected - LR * n)
         torch.testing.assert_close(matrices(w.detach()), expected, rtol=0, atol=1e-9)
-        assert settled(opt)[w]["refreshes"] == (t + 1) // 2
+        if at_end and refreshed and number > 1:
+            m, v = rotate(m, v, new_p.mT @ p, new_q.mT @ q, t)
+            p, q = new_p, new_q
+        for name, moment in zip(moments.NAMES, (m, v), strict=True):
+            torch.testing.assert_close(state[name], moment, rtol=0, atol=1e-9)
+        last_refresh = 0 if rotated == "reset" else (number - 1) // 2 * 2
+        assert (state["refreshes"], state["last_refresh"]) == ((number + 1) // 2, last_refresh)
+        assert float(state["step"]) == t
 
 
 @pytest.mark.parametrize("sketch", ["warm", "plain", "half_power", "power"])

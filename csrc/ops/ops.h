@@ -29,7 +29,7 @@ adaptive_range_finder_op(const at::Tensor& a, double tolerance, bool relative, i
 std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>, std::vector<at::Tensor>, std::vector<at::Tensor>>
 adaptive_range_finders_op(at::TensorList matrices, double tolerance, int64_t max_rank, at::IntArrayRef keys,
                           at::IntArrayRef refreshes, int64_t block, c10::string_view method,
-                          c10::string_view sketch, int64_t seed);
+                          c10::string_view sketch, int64_t seed, int64_t min_rank, int64_t multiple);
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> panel_qr_op(const at::Tensor& panel, c10::string_view method);
 std::tuple<at::Tensor, at::Tensor, at::Tensor> orthonormal_panel_op(const at::Tensor& panel,
@@ -53,7 +53,7 @@ at::Tensor projected_adamw_op(at::TensorList params, at::TensorList grads, at::T
                               bool correct_bias, c10::string_view arithmetic, c10::string_view sketch,
                               int64_t power, int64_t oversampling, c10::string_view moments, int64_t seed,
                               bool stochastic_rounding, c10::string_view residual, double residual_scale,
-                              std::optional<bool> asynchronous);
+                              c10::string_view refresh_at, std::optional<bool> asynchronous);
 
 void adamw_op(at::TensorList params, at::TensorList grads, at::TensorList exp_avgs,
               at::TensorList exp_avg_sqs, at::TensorList exp_avg_scales, at::TensorList exp_avg_sq_scales,

@@ -29,8 +29,14 @@ Arithmetic arithmetic_from_name(c10::string_view name) {
 }
 
 Moments moments_from_name(c10::string_view name) {
-  return choice_from_name<Moments>("moments", text(name),
-                                   {{"keep", Moments::keep}, {"rotate", Moments::rotate}});
+  return choice_from_name<Moments>(
+      "moments", text(name),
+      {{"keep", Moments::keep}, {"rotate", Moments::rotate}, {"reset", Moments::reset}});
+}
+
+RefreshAt refresh_at_from_name(c10::string_view name) {
+  return choice_from_name<RefreshAt>("refresh_at", text(name),
+                                     {{"start", RefreshAt::start}, {"end", RefreshAt::end}});
 }
 
 Residual residual_from_name(c10::string_view name) {
@@ -192,7 +198,7 @@ at::Tensor projected_adamw_op(at::TensorList params, at::TensorList grads, at::T
                               bool correct_bias, c10::string_view arithmetic, c10::string_view sketch,
                               int64_t power, int64_t oversampling, c10::string_view moments, int64_t seed,
                               bool stochastic_rounding, c10::string_view residual, double residual_scale,
-                              std::optional<bool> asynchronous) {
+                              c10::string_view refresh_at, std::optional<bool> asynchronous) {
   const OperatorScope scope(params);
   const size_t count = params.size();
   check_lengths("projected_adamw_", count,
@@ -203,6 +209,15 @@ at::Tensor projected_adamw_op(at::TensorList params, at::TensorList grads, at::T
   check_lr(lr);
   TORCH_CHECK_VALUE(oversampling >= 0, "Invalid oversampling: ", oversampling, " (must not be negative)");
   TORCH_CHECK_VALUE(power >= 0, "Invalid power: ", power, " (must not be negative)");
+  if (moments == "reset") {
+    TORCH_CHECK_VALUE(refresh_at == "start", "moments='reset' goes with refresh_at='start', got refresh_at='",
+                      refresh_at, "'");
+    TORCH_CHECK_VALUE(!stochastic_rounding,
+                      "stochastic_rounding, whose random numbers go by the count of steps, goes with "
+                      "moments='rotate' or 'keep', got moments='reset'");
+  }
+  TORCH_CHECK_VALUE(residual != "feedback" || refresh_at == "start",
+                    "residual='feedback' goes with refresh_at='start', got refresh_at='", refresh_at, "'");
   const at::Tensor seconds = refresh_seconds.value_or(at::Tensor());
   TORCH_CHECK_VALUE(!seconds.defined() || (seconds.device().is_cpu() &&
                                            seconds.scalar_type() == at::kDouble && seconds.is_contiguous() &&
@@ -248,7 +263,8 @@ at::Tensor projected_adamw_op(at::TensorList params, at::TensorList grads, at::T
                                                 .seed = static_cast<uint64_t>(seed),
                                                 .stochastic_rounding = stochastic_rounding,
                                                 .residual = mode,
-                                                .residual_scale = residual_scale},
+                                                .residual_scale = residual_scale,
+                                                .refresh_at = refresh_at_from_name(refresh_at)},
                                                seconds, measured, asynchronous);
   bump_versions(
       {params, exp_avgs, exp_avg_sqs, exp_avg_scales, exp_avg_sq_scales, bases, steps, residual_states});

@@ -65,6 +65,7 @@ AdaptiveOptions for_shape(AdaptiveOptions options, int64_t m, int64_t n) {
   options.block = std::min(options.block, std::max(m, n));
   options.extra_blocks = std::min(options.extra_blocks, std::max(m, n));
   options.max_rank = std::min({options.max_rank, m, n});
+  options.min_rank = std::min(options.min_rank, options.max_rank);
   return options;
 }
 
@@ -239,16 +240,21 @@ adaptive_range_finder_op(const at::Tensor& a, double tolerance, bool relative, i
 std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>, std::vector<at::Tensor>, std::vector<at::Tensor>>
 adaptive_range_finders_op(at::TensorList matrices, double tolerance, int64_t max_rank, at::IntArrayRef keys,
                           at::IntArrayRef refreshes, int64_t block, c10::string_view method,
-                          c10::string_view sketch, int64_t seed) {
+                          c10::string_view sketch, int64_t seed, int64_t min_rank, int64_t multiple) {
   const OperatorScope scope(matrices);
   const size_t count = matrices.size();
   TORCH_CHECK_VALUE(keys.size() == count && refreshes.size() == count,
                     "adaptive_range_finders expects lists of one length, got ", count, ", ", keys.size(),
                     " and ", refreshes.size());
-  const AdaptiveOptions common =
-      adaptive_options(tolerance, /*relative=*/true, block, max_rank, method, sketch,
-                       /*trim=*/true, /*extra_blocks=*/1, "householder", "householder",
-                       /*look_ahead=*/std::nullopt, /*implicit=*/false);
+  AdaptiveOptions common = adaptive_options(tolerance, /*relative=*/true, block, max_rank, method, sketch,
+                                            /*trim=*/true, /*extra_blocks=*/1, "householder", "householder",
+                                            /*look_ahead=*/std::nullopt, /*implicit=*/false);
+  TORCH_CHECK_VALUE(min_rank >= 0 && min_rank <= max_rank, "Invalid min_rank: ", min_rank,
+                    " (must be from 0 to max_rank, ", max_rank, ")");
+  TORCH_CHECK_VALUE(multiple >= 1 && block % multiple == 0, "Invalid multiple: ", multiple,
+                    " (must be positive and divide block, ", block, ")");
+  common.min_rank = min_rank;
+  common.multiple = std::min(multiple, max_rank);
   struct Piece {
     size_t owner;
     int64_t index;

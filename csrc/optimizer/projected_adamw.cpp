@@ -3,6 +3,7 @@
 #include <ATen/Context.h>
 #include <ATen/ops/_foreach_add.h>
 #include <ATen/ops/_foreach_copy.h>
+#include <ATen/ops/_foreach_mul.h>
 #include <ATen/ops/add.h>
 #include <ATen/ops/cat.h>
 #include <ATen/ops/empty.h>
@@ -34,6 +35,14 @@
 namespace galore_rrf {
 namespace {
 
+// When a new subspace is due in a step, of which the first always serves at once.
+enum class Refresh { none, start, end };
+
+Refresh refresh_of(const ProjectedParameter& p, RefreshAt at) {
+  if (p.refresh < 0) return Refresh::none;
+  return at == RefreshAt::end && p.refresh > 0 ? Refresh::end : Refresh::start;
+}
+
 // Matrices of one shape and kind that are stepped together, each seen as if projected on the left: gradient
 // and weight s x l with s the projected side, basis s x r, moments r x l.  A right projection is the left one
 // of the transpose.
@@ -45,13 +54,14 @@ struct Group {
   std::vector<at::Tensor> steps;
   std::vector<SketchKey> keys;
   Side side;
-  bool refresh;  // whether one is due
+  Refresh refresh;
   std::vector<size_t> owners;
 
   int64_t count() const { return static_cast<int64_t>(weights.size()); }
 };
 
-void add_matrix(Group& group, const ProjectedParameter& p, size_t owner, int64_t index, uint64_t seed) {
+void add_matrix(Group& group, const ProjectedParameter& p, size_t owner, int64_t index,
+                const ProjectionOptions& projection) {
   const bool stack = p.weight.dim() == 3;
   const auto pick = [&](const at::Tensor& t) { return stack ? t.select(0, index) : t; };
   const auto turn = [&](const at::Tensor& t) { return p.side == Side::right ? pick(t).mT() : pick(t); };
@@ -70,10 +80,10 @@ void add_matrix(Group& group, const ProjectedParameter& p, size_t owner, int64_t
     group.residual_states.push_back(is_matrix ? turn(p.residual_state) : pick(p.residual_state));
   }
   group.steps.push_back(p.step.view(at::IntArrayRef{}));
-  group.keys.push_back(
-      {seed, static_cast<uint32_t>(p.key + index), static_cast<uint32_t>(std::max<int64_t>(0, p.refresh))});
+  group.keys.push_back({projection.seed, static_cast<uint32_t>(p.key + index),
+                        static_cast<uint32_t>(std::max<int64_t>(0, p.refresh))});
   group.side = p.side;
-  group.refresh = p.refresh >= 0;
+  group.refresh = refresh_of(p, projection.refresh_at);
   group.owners.push_back(owner);
 }
 
@@ -81,6 +91,19 @@ bool out_of_memory(const c10::Error& error) {
   return dynamic_cast<const c10::OutOfMemoryError*>(&error) != nullptr ||
          std::string_view(error.what_without_backtrace()).find("DefaultCPUAllocator") !=
              std::string_view::npos;
+}
+
+// Does its work; false where memory ran out, before anything was written.
+template <class Work>
+bool memory_suffices(const Work& work) {
+  try {
+    work();
+    return true;
+  } catch (const c10::Error& error) {
+    if (!out_of_memory(error)) throw;
+  } catch (const std::bad_alloc&) {
+  }
+  return false;
 }
 
 // Which matrices have a basis, as bool [B]: zeros mean none yet, and a unit column may have a zero, not all.
@@ -125,12 +148,12 @@ at::Tensor stack_like_moments(const Group& x, at::ScalarType dtype) {
 }
 
 // Singular vectors have no sign: each column, and its row of the projected gradient, gets the one that goes
-// with the previous column, since kept moments are read on in it.
+// with the previous column, since kept moments are read on in it.  `projected` may be undefined.
 void align_signs_(const at::Tensor& bases, const at::Tensor& projected, const at::Tensor& previous) {
   const at::Tensor signs = bases.mul(previous).sum(1).lt(0).to(bases.scalar_type()).mul_(-2).add_(1);
   at::Tensor columns = bases, rows = projected;
   columns.mul_(signs.unsqueeze(1));
-  rows.mul_(signs.unsqueeze(2));
+  if (rows.defined()) rows.mul_(signs.unsqueeze(2));
 }
 
 // Whether all of these flags (bool) are `value`, where the host may know.
@@ -211,6 +234,27 @@ void write_measures(const at::Tensor& measures, const std::vector<Group>& groups
   measures.copy_(at::stack(rows));
 }
 
+// Moments begin again where `active` (bool [B]).
+void zero_moments(const Group& x, const at::Tensor& active) {
+  at::Tensor zeros = stack_like_moments(x, compute_dtype(x.grads.front()));
+  zeros.zero_();
+  const at::Tensor flags = active.to(at::kByte);
+  const Kernels& kernels = kernels_for(zeros);
+  kernels.store_moments(x.exp_avgs, zeros, MomentKind::exp_avg, flags);
+  kernels.store_moments(x.exp_avg_sqs, zeros, MomentKind::exp_avg_sq, flags);
+}
+
+// A stack has one clock: where that begins again, so do the moments of those of its matrices that have not
+// been refreshed.  `results`: of the parameters.
+void zero_moments_beside(const Group& x, const at::Tensor& outcomes, const at::Tensor& results,
+                         bool asynchronous) {
+  Matrices of_owners;
+  for (const size_t owner : x.owners) of_owners.push_back(results.select(0, static_cast<int64_t>(owner)));
+  const int64_t refreshed = code(Outcome::refreshed);
+  const at::Tensor beside = at::logical_and(at::stack(of_owners).eq(refreshed), outcomes.ne(refreshed));
+  if (!known_to_be(false, beside, asynchronous)) zero_moments(x, beside);
+}
+
 class Step {
  public:
   Step(const at::Tensor& lr, const AdamWOptions& adamw, const ProjectionOptions& projection,
@@ -239,8 +283,9 @@ class Step {
     }
     const at::Tensor projected = stack_like_moments(x, compute_dtype(grad));
     at::Tensor outcomes;
+    Successor next;
     if (x.coefficients.empty()) {
-      outcomes = project(x, projected, refresh_seconds, measures.turn);
+      outcomes = project(x, projected, refresh_seconds, measures.turn, next);
     } else {
       for (size_t i = 0; i < x.coefficients.size(); ++i) {
         projected.select(0, static_cast<int64_t>(i)).copy_(x.coefficients[i]);
@@ -249,42 +294,47 @@ class Step {
     }
     if (measures.wanted()) measure_gradients(measures, x, projected, outcomes);
     apply(x, projected, outcomes);
+    if (next.bases.defined()) {
+      const Stopwatch stopwatch(refresh_seconds);
+      if (memory_suffices([&] { move(x, next, /*stepped=*/1, measures.turn); })) {
+        return at::where(next.ok, code(Outcome::refreshed), outcomes).to(at::kByte);
+      }
+    }
     return outcomes;
   }
 
-  // R = Q^T G, in new subspaces where those are due.
+  // A subspace that serves from the next step on; no bases: none was found.
+  struct Successor {
+    at::Tensor bases;      // B x s x r
+    at::Tensor ok, known;  // bool [B]: whether it was found, and whether there was one before
+  };
+
+  // R = Q^T G, in new subspaces where those are due at the start; `next` where at the end.
   at::Tensor project(const Group& x, const at::Tensor& projected, double& refresh_seconds,
-                     const at::Tensor& turn) const {
+                     const at::Tensor& turn, Successor& next) const {
     // Without a basis a matrix is refreshed at once, if that can be known.
     const at::Tensor known = have_bases(x.bases);
     const bool none_known = known_to_be(false, known, asynchronous_);
-    if (x.refresh || none_known) {
+    at::Tensor outcomes;
+    if (x.refresh == Refresh::start || none_known) {
       const Stopwatch stopwatch(refresh_seconds);
-      try {
-        return refresh(x, projected, known, none_known, turn);
-      } catch (const c10::Error& error) {
-        if (none_known || !out_of_memory(error)) throw;
-      } catch (const std::bad_alloc&) {
-        if (none_known) throw;
-      }
-      // No memory for new subspaces: the old ones serve, and the refresh stays due.
+      if (none_known) return refresh(x, projected, known, turn);
+      // Where there is no memory for new subspaces the old ones serve, and the refresh stays due.
+      if (memory_suffices([&] { outcomes = refresh(x, projected, known, turn); })) return outcomes;
     }
     multiply_out(each(projected.mT()), transposed(x.grads), x.bases);
-    return chosen(finite(projected), chosen(known, Outcome::stepped, Outcome::decayed), Outcome::skipped);
+    outcomes = chosen(finite(projected), chosen(known, Outcome::stepped, Outcome::decayed), Outcome::skipped);
+    if (x.refresh == Refresh::end) {
+      const Stopwatch stopwatch(refresh_seconds);
+      memory_suffices([&] { next = successor(x, projected, known, outcomes); });
+    }
+    return outcomes;
   }
 
-  at::Tensor refresh(const Group& x, const at::Tensor& projected, const at::Tensor& known, bool none_known,
+  at::Tensor refresh(const Group& x, const at::Tensor& projected, const at::Tensor& known,
                      const at::Tensor& turn) const {
-    const FixedRankOptions options{
-        .rank = x.bases.front().size(1),
-        .oversampling = projection_.oversampling,
-        // Without a previous basis a warm start begins with a random one: half a power step.
-        .sketch = projection_.sketch == Sketch::warm && none_known ? Sketch::half_power : projection_.sketch,
-        .power = projection_.power,
-        // Kept moments are read in the new basis column by column, so columns need an order that lasts.
-        .ordered = projection_.moments == Moments::keep,
-        .panel = Panel::automatic,
-        .asynchronous = asynchronous_};
+    const bool none_known = known_to_be(false, known, asynchronous_);
+    const FixedRankOptions options = range_finder_options(x, none_known);
     const FixedRankResult found =
         fixed_rank_range_finder(x.grads, options, x.keys, warm_starts(x, known, options), projected);
     const at::Tensor zero = found.status.eq(static_cast<int64_t>(Status::zero));
@@ -304,38 +354,83 @@ class Step {
     if (!none_known && projection_.moments == Moments::keep) {
       align_signs_(found.basis, projected, stacked(x.bases, projected.scalar_type()));
     }
-    // All that is allocated comes before what is written, here and in rotate.
-    at::Tensor bases = found.basis;
-    if (!known_to_be(true, ok, asynchronous_)) {
-      // In the bases' own order, so that all are copied in one launch.
-      const at::Tensor cast = bases.to(x.bases.front().scalar_type());
-      bases = at::where(ok.view({-1, 1, 1}), cast, at::stack(x.bases)).contiguous();
-    }
-    if (!none_known && (projection_.moments == Moments::rotate || turn.defined())) {
-      const at::NoTF32Guard no_tf32;
-      const at::Tensor s = found.basis.mT().matmul(stacked(x.bases, found.basis.scalar_type()));
-      const at::Tensor moving = at::logical_and(ok, known);
-      if (projection_.moments == Moments::rotate) rotate(x, found.basis, s, moving);
-      if (turn.defined()) measure_turn(turn, s, moving);
-    }
-    at::_foreach_copy_(x.bases, each(bases));
+    move(x, {found.basis, ok, known}, /*stepped=*/0, turn);
     return outcomes;
+  }
+
+  // The subspace after this step: a warm start has its product with the old basis, which is R.
+  Successor successor(const Group& x, const at::Tensor& projected, const at::Tensor& known,
+                      const at::Tensor& outcomes) const {
+    const at::Tensor stepping = outcomes.ne(code(Outcome::skipped));
+    if (known_to_be(false, stepping, asynchronous_)) return {};
+    const bool warm = projection_.sketch == Sketch::warm;
+    const FixedRankResult found = fixed_rank_range_finder(
+        x.grads, range_finder_options(x, /*none_known=*/false), x.keys, x.bases,
+        /*coefficients=*/{}, warm ? or_gaussian(x, projected.mT(), known) : at::Tensor());
+    if (!found.basis.defined()) return {};
+    const at::Tensor ok = at::logical_and(found.status.eq(static_cast<int64_t>(Status::converged)), stepping);
+    if (known_to_be(false, ok, asynchronous_)) return {};
+    if (projection_.moments == Moments::keep) {
+      align_signs_(found.basis, {}, stacked(x.bases, found.basis.scalar_type()));
+    }
+    return {found.basis, ok, known};
+  }
+
+  FixedRankOptions range_finder_options(const Group& x, bool none_known) const {
+    return {
+        .rank = x.bases.front().size(1),
+        .oversampling = projection_.oversampling,
+        // Without a previous basis a warm start begins with a random one: half a power step.
+        .sketch = projection_.sketch == Sketch::warm && none_known ? Sketch::half_power : projection_.sketch,
+        .power = projection_.power,
+        // Kept moments are read in the new basis column by column, so columns need an order that lasts.
+        .ordered = projection_.moments == Moments::keep,
+        .panel = Panel::automatic,
+        .asynchronous = asynchronous_};
   }
 
   // The previous bases; where some have none yet and which is not to be known, Gaussian columns for those.
   Matrices warm_starts(const Group& x, const at::Tensor& known, const FixedRankOptions& options) const {
     if (options.sketch != Sketch::warm || known_to_be(true, known, asynchronous_)) return x.bases;
-    const at::Tensor previous = stacked(x.bases, compute_dtype(x.grads.front()));
-    const at::Tensor omega = at::empty(previous.sizes(), previous.options());
+    return each(or_gaussian(x, stacked(x.bases, compute_dtype(x.grads.front())), known));
+  }
+
+  // The panels, with Gaussian ones in place of those that are not known.
+  at::Tensor or_gaussian(const Group& x, const at::Tensor& panels, const at::Tensor& known) const {
+    if (known_to_be(true, known, asynchronous_)) return panels;
+    const at::Tensor omega = at::empty(panels.sizes(), panels.options());
     for (int64_t i = 0; i < x.count(); ++i) {
       kernels_for(omega).fill_sketch(omega.select(0, i), x.keys[static_cast<size_t>(i)], 0, 0);
     }
-    return each(at::where(known.view({-1, 1, 1}), previous, omega));
+    return at::where(known.view({-1, 1, 1}), panels, omega);
+  }
+
+  // Moments and bases move to new subspaces; `stepped`: the steps that moments have seen beyond those
+  // counted.
+  void move(const Group& x, const Successor& to, int64_t stepped, const at::Tensor& turn) const {
+    // All that is allocated comes before what is written, here and in rotate.
+    at::Tensor bases = to.bases;
+    if (!known_to_be(true, to.ok, asynchronous_)) {
+      // In the bases' own order, so that all are copied in one launch.
+      const at::Tensor cast = bases.to(x.bases.front().scalar_type());
+      bases = at::where(to.ok.view({-1, 1, 1}), cast, at::stack(x.bases)).contiguous();
+    }
+    const bool rotating = projection_.moments == Moments::rotate;
+    if ((rotating || turn.defined()) && !known_to_be(false, to.known, asynchronous_)) {
+      const at::NoTF32Guard no_tf32;
+      const at::Tensor s = to.bases.mT().matmul(stacked(x.bases, to.bases.scalar_type()));
+      const at::Tensor moving = at::logical_and(to.ok, to.known);
+      if (rotating) rotate(x, to.bases, s, moving, stepped);
+      if (turn.defined()) measure_turn(turn, s, moving);
+    }
+    if (projection_.moments == Moments::reset) zero_moments(x, to.ok);
+    at::_foreach_copy_(x.bases, each(bases));
   }
 
   // Moves the moments by S = Q_new^T Q_old where `moving`, and where there have been steps to rotate.
-  void rotate(const Group& x, const at::Tensor& bases, const at::Tensor& s, const at::Tensor& moving) const {
-    const at::Tensor steps = at::stack(x.steps).view(-1).to(at::kDouble);
+  void rotate(const Group& x, const at::Tensor& bases, const at::Tensor& s, const at::Tensor& moving,
+              int64_t stepped) const {
+    const at::Tensor steps = at::stack(x.steps).view(-1).to(at::kDouble).add(stepped);
     const at::Tensor active = at::logical_and(moving, steps.gt(0));
     if (known_to_be(false, active, asynchronous_)) return;
     const at::Tensor corrections = at::stack(
@@ -382,20 +477,27 @@ class Step {
     turn.div_(s.size(1)).masked_fill_(moving.logical_not(), kNaN);
   }
 
+  // The steps that the moments have seen.
+  std::vector<at::Tensor> steps_seen(const Group& x, const at::Tensor& outcomes) const {
+    if (projection_.moments != Moments::reset) return x.steps;
+    return each(at::stack(x.steps).view(-1).masked_fill(outcomes.eq(code(Outcome::refreshed)), 0));
+  }
+
   // Moments, and one product into each weight: W <- decay W + Q N; where the residual makes a step too or
   // weights are rounded stochastically, by tiles.
   void apply(const Group& x, const at::Tensor& projected, const at::Tensor& outcomes) const {
     const Kernels& kernels = kernels_for(projected);
     const at::Tensor r = projection_.residual == Residual::drop ? at::Tensor() : projected.clone();
     const at::Tensor factors = at::empty({x.count(), 3}, projected.options().dtype(at::kDouble));
-    kernels.step_factors(factors, x.steps, lr_, outcomes, adamw_);
+    const std::vector<at::Tensor> steps = steps_seen(x, outcomes);
+    kernels.step_factors(factors, steps, lr_, outcomes, adamw_);
     const at::Tensor decays = factors.select(1, 2).clone();
     if (projection_.residual == Residual::scaled) {
       // Directions first, whose norms are compared: their lengths are not to depend on the learning rate.
       AdamWOptions unit = adamw_;
       unit.scale = 1;
       unit.weight_decay = 0;
-      kernels.step_factors(factors, x.steps, at::ones({}, factors.options()), outcomes, unit);
+      kernels.step_factors(factors, steps, at::ones({}, factors.options()), outcomes, unit);
     }
     kernels.adam(projected, x.exp_avgs, x.exp_avg_sqs, factors, outcomes, adamw_);
     if (!asynchronous_ && !moves(outcomes.const_data_ptr<uint8_t>()[0])) return decay(x, decays);
@@ -481,13 +583,13 @@ std::vector<Group> groups_of(const std::vector<ProjectedParameter>& parameters,
   };
   std::vector<Group> groups;
   std::vector<size_t> heads;  // the parameter that each group began with
-  const auto of_one_kind = [](const ProjectedParameter& p, const ProjectedParameter& q) {
+  const auto of_one_kind = [&](const ProjectedParameter& p, const ProjectedParameter& q) {
     const auto alike = [](const at::Tensor& a, const at::Tensor& b) {
       const auto last = [](at::IntArrayRef x) { return x.slice(x.size() - 2); };
       return a.device() == b.device() && a.scalar_type() == b.scalar_type() &&
              last(a.sizes()) == last(b.sizes()) && last(a.strides()) == last(b.strides());
     };
-    return p.side == q.side && (p.refresh >= 0) == (q.refresh >= 0) &&
+    return p.side == q.side && refresh_of(p, projection.refresh_at) == refresh_of(q, projection.refresh_at) &&
            p.coefficients.defined() == q.coefficients.defined() && alike(p.weight, q.weight) &&
            alike(p.grad, q.grad) && alike(p.basis, q.basis) && alike(p.exp_avg.values, q.exp_avg.values) &&
            alike(p.exp_avg_sq.values, q.exp_avg_sq.values) && p.step.scalar_type() == q.step.scalar_type();
@@ -505,7 +607,7 @@ std::vector<Group> groups_of(const std::vector<ProjectedParameter>& parameters,
         groups.emplace_back();
         heads.push_back(i);
       }
-      add_matrix(groups[g], p, i, j, projection.seed);
+      add_matrix(groups[g], p, i, j, projection);
     }
   }
   return groups;
@@ -525,7 +627,7 @@ at::Tensor projected_adamw_(const std::vector<ProjectedParameter>& parameters, c
   std::vector<double> costs;
   for (const Group& x : groups) {
     costs.push_back(static_cast<double>(x.bases.front().size(1)) *
-                    static_cast<double>(x.grads.front().numel()) * (x.refresh ? 2.5 : 1));
+                    static_cast<double>(x.grads.front().numel()) * (x.refresh == Refresh::none ? 1 : 2.5));
   }
 
   const at::Tensor rate = rate_on_device(lr, first);
@@ -566,6 +668,17 @@ at::Tensor projected_adamw_(const std::vector<ProjectedParameter>& parameters, c
   const at::Tensor result = at::stack(of_parameter);
   std::vector<at::Tensor> steps;
   for (const ProjectedParameter& p : parameters) steps.push_back(p.step.view(at::IntArrayRef{}));
+  if (projection.moments == Moments::reset) {
+    const auto of_stack = [&](size_t owner) { return parameters[owner].weight.dim() == 3; };
+    for (size_t k = 0; k < groups.size(); ++k) {
+      const std::vector<size_t>& owners = groups[k].owners;
+      if (std::any_of(owners.begin(), owners.end(), of_stack)) {
+        zero_moments_beside(groups[k], outcomes[k], result, waitless);
+      }
+    }
+    const at::Tensor counting = result.ne(code(Outcome::refreshed)).to(steps.front().scalar_type());
+    at::_foreach_mul_(steps, each(counting));
+  }
   const at::Tensor moved = result.ge(static_cast<int64_t>(Outcome::stepped)).to(steps.front().scalar_type());
   at::_foreach_add_(steps, each(moved));
   for (const std::exception_ptr& error : errors) {

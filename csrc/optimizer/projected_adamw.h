@@ -14,7 +14,8 @@
 namespace galore_rrf {
 
 enum class Side : int64_t { right = 0, left = 1 };
-enum class Moments { keep, rotate };
+enum class Moments { keep, rotate, reset };  // at a refresh; reset: the count of steps begins again too
+enum class RefreshAt { start, end };         // of a step: new subspaces serve in it, or from the next one on
 
 struct ProjectionOptions {
   Sketch sketch;
@@ -26,6 +27,7 @@ struct ProjectionOptions {
   Residual residual = Residual::drop;
   double residual_scale = 1;  // of the residual's step, beside that of the step within the subspace; of what
                               // is fed back
+  RefreshAt refresh_at = RefreshAt::start;  // the first of a matrix: always
 };
 
 // One parameter: a matrix (m x n) or a stack of matrices (e x m x n).

@@ -36,13 +36,18 @@ Method chosen_method(const AdaptiveOptions& options, double tau, at::ScalarType 
   return tau >= tolerance_floor(dtype, Method::left_looking) ? Method::left_looking : Method::right_looking;
 }
 
-// Cuts to the rank cap, and on to the smallest rank that leaves no more than `allowed`; adds to `left` what
-// is discarded.
-int64_t cut_rank(const at::Tensor& energies, int64_t cap, double allowed, double& left) {
+// Cuts to the rank cap, and on to the smallest rank that leaves no more than `allowed`, then up to one that
+// the options allow; adds to `left` what is discarded.
+int64_t cut_rank(const at::Tensor& energies, const AdaptiveOptions& options, double allowed, double& left) {
   const at::Tensor on_host = energies.cpu();
   const double* energy = on_host.const_data_ptr<double>();
-  int64_t rank = energies.size(0);
-  while (rank > 0 && (rank > cap || left + energy[rank - 1] <= allowed)) left += energy[--rank];
+  const int64_t columns = energies.size(0), cap = std::min(columns, options.max_rank);
+  int64_t enough = columns;
+  double beyond = left;
+  while (enough > 0 && (enough > cap || beyond + energy[enough - 1] <= allowed)) beyond += energy[--enough];
+  const int64_t whole = (enough + options.multiple - 1) / options.multiple * options.multiple;
+  const int64_t rank = std::min(cap, std::max(options.min_rank, whole));
+  for (int64_t i = columns; i > rank; --i) left += energy[i - 1];
   return rank;
 }
 
@@ -85,8 +90,9 @@ AdaptiveResult adaptive_range_finder(const at::Tensor& a, const AdaptiveOptions&
   // Tolerance 0 is full rank, even where nothing is left before.
   const bool nothing_to_do = tau > 0 && norm2 <= threshold;
   const double allowed = nothing_to_do ? threshold : threshold - blocks->uncertainty();
-  StopTest stop(nothing_to_do ? 0 : cap, block_width(n, options), options.trim ? options.extra_blocks : 0,
-                tau > 0 ? allowed : -1, std::min(m, n));
+  const int64_t least = options.trim ? options.min_rank : 0;
+  StopTest stop(nothing_to_do ? least : cap, block_width(n, options), options.trim ? options.extra_blocks : 0,
+                tau > 0 ? allowed : -1, std::min(m, n), least);
   blocks->grow(stop);
   const std::vector<double> measured = stop.left();
   double left = measured.empty() ? norm2 : measured.back();
@@ -103,7 +109,7 @@ AdaptiveResult adaptive_range_finder(const at::Tensor& a, const AdaptiveOptions&
     result.coefficients = all;
   } else if (trimming || blocks->rank() > options.max_rank) {
     const EnergyOrder order = energy_order(all);
-    const int64_t kept = cut_rank(order.energies, options.max_rank, trimming ? allowed : -1, left);
+    const int64_t kept = cut_rank(order.energies, options, trimming ? allowed : -1, left);
     const at::Tensor rotation = order.rotation.narrow(1, 0, kept);
     result.basis = multiply(blocks->basis(), rotation);
     result.coefficients = rotation.mT().matmul(all);

@@ -20,7 +20,9 @@ struct AdaptiveOptions {
   Between between = Between::householder;
   Panel panel = Panel::householder;
   bool trim = true;
-  int64_t extra_blocks = 1;                       // computed beyond the tolerance before trimming
+  int64_t min_rank = 0;      // at most max_rank; this and the next where trimmed
+  int64_t multiple = 1;      // of which the rank is one, unless it is min_rank or max_rank
+  int64_t extra_blocks = 1;  // computed beyond the tolerance before trimming
   std::optional<bool> look_ahead = std::nullopt;  // none: where it pays
   bool implicit = false;  // the basis as a block reflector; without trimming, between == householder
   SketchKey key{};
@@ -44,7 +46,7 @@ int64_t block_cap(int64_t m, int64_t n, const AdaptiveOptions& options);
 
 // The smallest basis with ||a - Q Q^T a||_F <= tolerance (times ||a||_F where relative), up to the
 // rank cap.  With `trim` the result is cut, in the order of energy, to the smallest rank within the
-// tolerance.
+// tolerance that its options allow.
 AdaptiveResult adaptive_range_finder(const at::Tensor& a, const AdaptiveOptions& options);
 
 }  // namespace galore_rrf

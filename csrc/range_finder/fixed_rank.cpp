@@ -24,13 +24,19 @@ constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
 class Sketcher {
  public:
   Sketcher(const Matrices& a, const FixedRankOptions& options, const std::vector<SketchKey>& keys,
-           const Matrices& warm, int64_t width)
-      : a_(a), a_transposed_(transposed(a)), options_(options), keys_(keys), warm_(warm), width_(width) {}
+           const Matrices& warm, const at::Tensor& warm_products, int64_t width)
+      : a_(a),
+        a_transposed_(transposed(a)),
+        options_(options),
+        keys_(keys),
+        warm_(warm),
+        warm_products_(warm_products),
+        width_(width) {}
 
   // Y (B x m x width), whose columns span nearly the ranges of 2^-exponents a.
   at::Tensor operator()(Sketch sketch, const at::Tensor& exponents) const {
     if (sketch == Sketch::half_power || sketch == Sketch::warm) {
-      return multiply(a_, inner(multiply(a_transposed_, left_test_matrices(sketch), exponents)), exponents);
+      return multiply(a_, inner(left_products(sketch, exponents)), exponents);
     }
     at::Tensor y = multiply(a_, test_matrices(a_.front().size(1), width_), exponents);
     if (sketch == Sketch::power) {
@@ -54,6 +60,22 @@ class Sketcher {
     return omega;
   }
 
+  // 2^-exponents a^T times the left test matrices.
+  at::Tensor left_products(Sketch sketch, const at::Tensor& exponents) const {
+    if (sketch != Sketch::warm || !warm_products_.defined()) {
+      return multiply(a_transposed_, left_test_matrices(sketch), exponents);
+    }
+    const int64_t rows = a_.front().size(0), known = std::min(warm_products_.size(2), width_);
+    const at::Tensor products =
+        at::empty({warm_products_.size(0), width_, warm_products_.size(1)}, warm_products_.options()).mT();
+    products.narrow(2, 0, known).copy_(scaled_down(warm_products_, exponents).narrow(2, 0, known));
+    if (known < width_) {
+      const at::Tensor omega = test_matrices(rows, width_ - known, known);
+      products.narrow(2, known, width_ - known).copy_(multiply(a_transposed_, omega, exponents));
+    }
+    return products;
+  }
+
   // The previous bases, with Gaussian columns where they are narrower than the sketch; or those alone.
   at::Tensor left_test_matrices(Sketch sketch) const {
     const int64_t rows = a_.front().size(0);
@@ -69,6 +91,7 @@ class Sketcher {
   const FixedRankOptions& options_;
   const std::vector<SketchKey>& keys_;
   const Matrices& warm_;
+  const at::Tensor& warm_products_;
   int64_t width_;
 };
 
@@ -110,14 +133,14 @@ at::Tensor ordered(const Matrices& a, const at::Tensor& q, int64_t rank, const S
 
 FixedRankResult fixed_rank_range_finder(const Matrices& a, const FixedRankOptions& options,
                                         const std::vector<SketchKey>& keys, const Matrices& warm,
-                                        const at::Tensor& coefficients) {
+                                        const at::Tensor& coefficients, const at::Tensor& warm_products) {
   const at::Tensor& first = a.front();
   const int64_t least = std::min(first.size(0), first.size(1));
   const int64_t width = std::min(options.rank + options.oversampling, least);
   TORCH_CHECK_VALUE(width >= options.rank, "Invalid rank: ", options.rank, " (must be from 1 to ", width,
                     ", the smaller side of a ", first.size(0), " x ", first.size(1), " matrix)");
 
-  const Sketcher sketcher(a, options, keys, warm, width);
+  const Sketcher sketcher(a, options, keys, warm, warm_products, width);
   const auto count = static_cast<int64_t>(a.size());
   Scaling scaling{
       {}, at::full({count}, static_cast<int64_t>(Status::converged), first.options().dtype(at::kByte))};

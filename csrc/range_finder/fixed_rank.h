@@ -34,9 +34,10 @@ struct FixedRankResult {
 
 // Finds orthonormal bases Q of nearly the ranges of B matrices `a` (m x n each).  `warm`: the previous bases
 // (m x any), for Sketch::warm.  `coefficients` (B x rank x n, compute dtype, every matrix dense, perhaps
-// transposed): receives Q^T a where defined, and where the status is converged.
+// transposed): receives Q^T a where defined, and where the status is converged.  `warm_products` (B x n x as
+// many as `warm`): a^T warm where that is known already.
 FixedRankResult fixed_rank_range_finder(const Matrices& a, const FixedRankOptions& options,
                                         const std::vector<SketchKey>& keys, const Matrices& warm,
-                                        const at::Tensor& coefficients);
+                                        const at::Tensor& coefficients, const at::Tensor& warm_products = {});
 
 }  // namespace galore_rrf

@@ -8,19 +8,20 @@
 
 namespace galore_rrf {
 
-// Blocks of `block` columns, the last one narrower where `columns` ends: as many as there are, until one
-// leaves no more of the matrix than is allowed, and `extra` beyond that one.
+// Blocks of `block` columns, the last one narrower where `columns` ends: as many as there are, until there
+// are `least` columns that leave no more of the matrix than is allowed, and `extra` blocks beyond.
 class StopTest {
  public:
   // `allowed`: a squared norm; negative where nothing is.  `full`: columns beyond which an extra block adds
   // nothing but rounding.
   StopTest(int64_t columns, int64_t block, int64_t extra, double allowed,
-           int64_t full = std::numeric_limits<int64_t>::max())
+           int64_t full = std::numeric_limits<int64_t>::max(), int64_t least = 0)
       : columns_(columns),
         block_(block),
         extra_(extra),
         allowed_(allowed),
         full_(full),
+        least_(least),
         wanted_((columns + block - 1) / block) {}
 
   // How many blocks, by all that was measured; never more than before.
@@ -32,7 +33,7 @@ class StopTest {
   void measured(double left) {
     left_.push_back(left);
     const int64_t done = static_cast<int64_t>(left_.size());
-    if (!passed_ && left <= allowed_) {
+    if (!passed_ && left <= allowed_ && first_column(done) >= least_) {
       passed_ = true;
       int64_t extra = 0;
       while (extra < extra_ && first_column(done + extra) < full_) ++extra;
@@ -51,7 +52,7 @@ class StopTest {
  private:
   int64_t columns_, block_, extra_;
   double allowed_;
-  int64_t full_;
+  int64_t full_, least_;
   int64_t wanted_;
   bool passed_ = false;
   std::vector<double> left_;

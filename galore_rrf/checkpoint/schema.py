@@ -39,7 +39,7 @@ _IMPORT = (
 
 
 # Keys that files of version 1 may be without: they are as the optimizer has them.
-_LATER = ("stochastic_rounding", "residual", "residual_scale")
+_LATER = ("stochastic_rounding", "residual", "residual_scale", "refresh_at", "min_rank")
 
 
 def completed_groups(
