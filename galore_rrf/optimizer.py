@@ -18,7 +18,7 @@ from torch.optim.optimizer import _use_grad_for_differentiable
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import Unpack
 
-from galore_rrf import checkpoint, moments, ops, tucker
+from galore_rrf import checkpoint, moments, ops, schedule, tucker
 from galore_rrf.diagnostics import (
     Observations,
     RefreshHook,
@@ -38,15 +38,17 @@ from galore_rrf.subspace import (
     as_matrices,
     bases_of,
     follow,
+    is_measured,
     is_projected,
     is_torchs,
     matrix_ids,
     new_state,
     projected_form,
+    rank_of,
     refresh,
-    refresh_due,
     refreshed_in_step,
     resolve,
+    take_average,
     zero_moments,
 )
 
@@ -59,6 +61,8 @@ _CAPTURED: dict[str, tuple[Any, ...]] = {
     "oversampling": (0,),
     "proj_type": ("std", "reverse_std", "right", "left"),
     "nonfinite": ("skip",),
+    "schedule": ("fixed",),
+    "basis_from": ("gradient",),
 }
 _NO_STATE = (
     "no step can be captured in a CUDA graph before there are states: take some first, also after loading"
@@ -227,6 +231,8 @@ class GaLoreAdamW(AdamW):
                 _check_gradients(group, projected + own)
                 if options.nonfinite == "raise":
                     _check_finite(group, projected)
+        answers = {} if skip else self._answers(work)
+        phases = self._phases()
         for group, options, projected, own, others in work:
             counts_on_device = bool(group["capturable"] or group["fused"])
             for p in others:
@@ -242,7 +248,7 @@ class GaLoreAdamW(AdamW):
                 self._plain_step(group, options, there)
             for there in _by_device(projected):
                 with torch.autocast(there[0].device.type, enabled=False):
-                    self._projected_step(group, options, there)
+                    self._projected_step(group, options, there, answers, phases)
         self._tell_refreshes()
         return loss
 
@@ -323,29 +329,91 @@ class GaLoreAdamW(AdamW):
             maximize=group["maximize"],
         )
 
+    def _answers(
+        self, work: Iterable[tuple[dict[str, Any], SubspaceOptions, list[Tensor], Any, Any]]
+    ) -> dict[Tensor, bool]:
+        """What a callable `update_proj_gap` says of each parameter, before anything is written."""
+        answers: dict[Tensor, bool] = {}
+        for i, (group, options, projected, _, _) in enumerate(work):
+            due = options.update_proj_gap
+            if not callable(due) or not projected:
+                continue
+            if projected[0].is_cuda and torch.cuda.is_current_stream_capturing():
+                raise RuntimeError(f"update_proj_gap={due!r}, a callable, cannot be captured in a CUDA graph")
+            params = group["params"]
+            names = group.get("param_names") or [f"group {i}, parameter {j}" for j in range(len(params))]
+            name_of = dict(zip(params, names, strict=True))
+            for p in projected:
+                state = self.state.get(p, {})
+                taken = self._outcomes.taken(state) if state else 0
+                answers[p] = schedule.asked(due, name_of[p], taken, state)
+        return answers
+
+    def _phases(self) -> dict[Tensor, int]:
+        """When in its interval each parameter of a staggered schedule is refreshed; equal intervals together."""
+        sharing: dict[int, dict[Tensor, int]] = {}
+        for group in self.param_groups:
+            if group["schedule"] != "staggered":
+                continue
+            options = SubspaceOptions.of(group)
+            costs = sharing.setdefault(group["update_proj_gap"], {})
+            costs |= {p: p.numel() * (rank_of(p, options) or 0) for p in group["params"]}
+        return {
+            p: phase
+            for gap, costs in sharing.items()
+            for p, phase in zip(costs, schedule.phases(tuple(costs.values()), gap), strict=True)
+        }
+
+    def _is_due(
+        self,
+        p: Tensor,
+        options: SubspaceOptions,
+        answers: Mapping[Tensor, bool],
+        phases: Mapping[Tensor, int],
+    ) -> bool:
+        state, gap = self.state[p], options.update_proj_gap
+        if callable(gap):
+            return answers[p] or not state["refreshes"]
+        return schedule.is_due(
+            state,
+            self._outcomes.taken(state),
+            options.schedule,
+            gap,
+            phases.get(p, 0),
+            resets=options.moments == "reset",
+        )
+
     @torch.no_grad()
-    def _projected_step(self, group: dict[str, Any], options: SubspaceOptions, params: list[Tensor]) -> None:
+    def _projected_step(
+        self,
+        group: dict[str, Any],
+        options: SubspaceOptions,
+        params: list[Tensor],
+        answers: Mapping[Tensor, bool],
+        phases: Mapping[Tensor, int],
+    ) -> None:
         """Refreshes that may change shapes first, then the step of all."""
         if params[0].is_cuda and torch.cuda.is_current_stream_capturing():
             self._check_captured(group, params)
         self._init_projected(params, options)
         for p in params:
             follow(p, self.state[p], options)
+        due = [p for p in params if self._is_due(p, options, answers, phases)]
         for p in params:
             if self.state[p]["side"] not in (RIGHT, LEFT):
-                self._tucker_step(p, group, options)
+                self._tucker_step(p, group, options, due=p in set(due))
         params = [p for p in params if self.state[p]["side"] in (RIGHT, LEFT)]
-        due = [
-            p
-            for p, state in ((p, self.state[p]) for p in params)
-            if refresh_due(state, self._outcomes.taken(state), options.update_proj_gap)
-        ]
+        due = [p for p in due if self.state[p]["side"] in (RIGHT, LEFT)]
+        if options.basis_from == "average":
+            for p in params:
+                take_average(as_matrices(_grad(p)), self.state[p], float(group["betas"][0]))
         apart = [p for p in due if not refreshed_in_step(p, self.state[p], options)]
         later = {p for p in apart if options.refresh_at == "end" and self.state[p]["refreshes"]}
         made = self._refresh(group, options, [p for p in apart if p not in later])
         within = set(due).difference(apart)
         refreshes = [self.state[p]["refreshes"] if p in within else -1 for p in params]
-        measures = self._call(group, options, params, refreshes, made, measuring=bool(later))
+        measuring = bool(later) or is_measured(options)
+        measures = self._call(group, options, params, refreshes, made, measuring=measuring)
         refreshed_after = self._refresh(group, options, [p for p in params if p in later])
         rows = dict(zip(params, measures, strict=True)) if measures is not None else {}
         for p, refreshed in refreshed_after.items():
@@ -357,7 +425,7 @@ class GaLoreAdamW(AdamW):
                 gradient, projected, _ = rows[p].tolist()
                 numbers = gradient, projected, float(refreshed.cosine)
                 told = Told(state["last_refresh"], stepped=True, refreshed=True, measures=numbers)
-                self._observations.note([p], [state], [refreshed.seconds], [told])
+                self._note(options, [p], [state], [refreshed.seconds], [told])
 
     def _refresh(
         self, group: dict[str, Any], options: SubspaceOptions, params: list[Tensor]
@@ -397,15 +465,16 @@ class GaLoreAdamW(AdamW):
             if not state or state["step"].device != p.device or not self._outcomes.is_known(state):
                 raise RuntimeError(_NO_STATE)
 
-    def _tucker_step(self, p: Tensor, group: dict[str, Any], options: SubspaceOptions) -> None:
+    def _tucker_step(self, p: Tensor, group: dict[str, Any], options: SubspaceOptions, *, due: bool) -> None:
         beta1, beta2 = map(float, group["betas"])
         state = self.state[p]
-        refreshes, before = state["refreshes"], bases_of(state)
+        taken, refreshes, before = int(state["step"]), state["refreshes"], bases_of(state)
         seconds = tucker.step(
             p,
             _grad(p),
             state,
             options,
+            due=due,
             lr=float(group["lr"]),
             betas=(beta1, beta2),
             weight_decay=group["weight_decay"],
@@ -414,11 +483,27 @@ class GaLoreAdamW(AdamW):
             correct_bias=group.get("correct_bias", True),
         )
         self._refresh_seconds += seconds
-        if state["refreshes"] > refreshes:
+        refreshed = state["refreshes"] > refreshes
+        if refreshed or is_measured(options):
             used = before if options.refresh_at == "end" and refreshes > 0 else bases_of(state)
             measures = tucker.measures(state, projected_form(_grad(p), state["side"]), before, used)
-            told = Told(state["last_refresh"], stepped=True, refreshed=True, measures=measures)
-            self._observations.note([p], [state], [seconds], [told])
+            stepped = int(state["step"]) != taken or refreshed
+            told = Told(int(state["step"]) - stepped, stepped, refreshed, measures)
+            self._note(options, [p], [state], [seconds], [told])
+
+    def _note(
+        self,
+        options: SubspaceOptions,
+        params: list[Tensor],
+        states: list[dict[str, Any]],
+        seconds: list[float],
+        told: list[Told],
+    ) -> None:
+        """A step of `params` is known."""
+        self._observations.note(params, states, seconds, told)
+        if is_measured(options):
+            for state, one in zip(states, told, strict=True):
+                schedule.learn(state, options.update_proj_gap, one)
 
     def _call(
         self,
@@ -483,7 +568,7 @@ class GaLoreAdamW(AdamW):
             for row, p in zip(measures, params, strict=True):
                 if p in made and made[p].cosine is not None:
                     row[2] = made[p].cosine
-        listener = partial(self._observations.note, params, states, seconds.tolist())
+        listener = partial(self._note, options, params, states, seconds.tolist())
         self._outcomes.add(outcomes, states, measures, listener, resets=options.moments == "reset")
         for p, weight in zip(params, weights, strict=True):
             if weight.data_ptr() != p.data_ptr():  # unfolded from a layout that has no view as a matrix
@@ -526,27 +611,39 @@ class GaLoreAdamW(AdamW):
     def state_dict(self) -> dict[str, Any]:
         """As of any torch optimizer; waits for steps that are still under way."""
         self._outcomes.settle()
-        return super().state_dict()
+        saved = super().state_dict()
+        for group in saved["param_groups"]:
+            if callable(group["update_proj_gap"]):
+                group["update_proj_gap"] = checkpoint.CALLABLE
+        return saved
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a state dict of this class or, for plain groups, of `torch.optim.AdamW`.
 
         The state may have any rank; moments are kept as the groups say, whatever the dtype of the weights.
         For others' state dicts see `galore_rrf.checkpoint`.
+        A callable `update_proj_gap` is in no state dict: the optimizer that loads one must have been given it.
         Raises ValueError naming the parameter where the state does not fit it; the optimizer is then as it was.
         """
         states: list[tuple[Tensor, dict[str, Any]]] = []
+        gaps = [group["update_proj_gap"] for group in self.param_groups]
 
         def validate(_: Any, loaded: dict[str, Any]) -> dict[str, Any]:
             checkpoint.check_sizes(self.param_groups, loaded["param_groups"])
             groups = checkpoint.completed_groups(self.param_groups, loaded["param_groups"])
             states.extend(checkpoint.checked_states(self.param_groups, groups, loaded["state"]))
+            for group in groups:
+                if callable(group["update_proj_gap"]):  # which torch would copy
+                    group["update_proj_gap"] = checkpoint.CALLABLE
             return {**loaded, "param_groups": groups}
 
         self._loading = states
         handle = self.register_load_state_dict_pre_hook(validate)  # after the user's
         try:
             super().load_state_dict(state_dict)
+            for group, gap in zip(self.param_groups, gaps, strict=True):
+                if group["update_proj_gap"] == checkpoint.CALLABLE:
+                    group["update_proj_gap"] = gap
         finally:
             handle.remove()
             del self._loading
@@ -614,9 +711,10 @@ def _check_group(group: dict[str, Any]) -> None:
         names[p] = name
     if group["rank"] is None:
         return
-    if group["moments"] == "keep" and group["update_proj_gap"] < _OFTEN and group["tolerance"] is None:
+    gap = group["update_proj_gap"]
+    if group["moments"] == "keep" and not callable(gap) and gap < _OFTEN:
         warnings.warn(
-            f"moments='keep' with a new subspace every {group['update_proj_gap']} steps ruins training: "
+            f"moments='keep' with a new subspace every {gap} steps ruins training: "
             f"moments='rotate' moves them along; keep them only where update_proj_gap is {_OFTEN} or more",
             stacklevel=4,
         )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any, TypedDict, TypeVar
 
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from galore_rrf import moments, ops
 from galore_rrf.range_finder import Status
+from galore_rrf.schedule import MEASURES, SCHEDULES, Due
 
 RIGHT, LEFT, BOTH, TUCKER = 0, 1, 2, 3
 
@@ -30,11 +31,17 @@ STATE_KEYS = ("step", "exp_avg", "exp_avg_sq", "basis", "rank", "side", "key", "
 RESIDUAL_STATES = {"scaled": "residual_norm", "feedback": "error"}
 """The tensor more that a state has where `residual` needs one."""
 
+OPTION_TENSORS = (*RESIDUAL_STATES.values(), "average")
+OPTION_NUMBERS = ("interval", *MEASURES)
+"""Entries of a state that are there only where an option asks for them."""
+
 
 class RefinementKeys(TypedDict, total=False):
     """The keys of a projected group beside its rank."""
 
-    update_proj_gap: int
+    update_proj_gap: int | Due
+    schedule: str
+    basis_from: str
     scale: float
     proj_type: str
     projector: str
@@ -73,6 +80,8 @@ PRESETS: dict[str, SubspaceKeys] = {
 }
 
 _CHOICES = {
+    "schedule": SCHEDULES,
+    "basis_from": ("gradient", "average", "momentum"),
     "proj_type": ("std", "reverse_std", "left", "right", "full", "tucker"),
     "projector": ("range_finder", "svd"),
     "sketch": ("warm", "plain", "half_power", "power"),
@@ -86,7 +95,7 @@ _CHOICES = {
 
 
 # What proj_type="full" and "tucker" do not have.
-_OF_ONE_SIDE = ("stochastic_rounding", "residual", "tolerance")
+_OF_ONE_SIDE = ("stochastic_rounding", "residual", "tolerance", "basis_from")
 
 
 def _invalid(name: str, value: object, allowed: str, kind: type[Exception] = ValueError) -> Exception:
@@ -113,7 +122,15 @@ class SubspaceOptions:
 
     Attributes:
         rank: columns of the basis; None: the group is plain AdamW.  With `tolerance` the cap.
-        update_proj_gap: steps from one refresh to the next; 1: every step.
+        update_proj_gap: steps from one refresh to the next; 1: every step.  Or a callable that is asked before
+            each step of each parameter whether it is to be refreshed (`galore_rrf.schedule.Progress`); no part of
+            a state dict, where 0 stands for it.
+        schedule: ``"fixed"``: refreshes of all parameters at once; ``"staggered"``: as often, but spread over
+            the parameters by cost, so that no step stalls; ``"adaptive"``: of each parameter twice as far apart
+            while its basis hardly turns, up to 16 times, and half as far while it turns a lot (`galore_rrf.schedule`).
+        basis_from: what the subspace is found of: the ``"gradient"``; an exponential ``"average"`` of gradients
+            (beta1), kept beside the moments at the size and in the dtype of the weight; ``"momentum"``: the first
+            moment after this step, b1 Q M + (1 - b1) G.  What is projected is the gradient in any case.
         scale: factor on the update, GaLore's alpha.
         proj_type: ``"std"`` projects the shorter side (right where m >= n), ``"reverse_std"`` the longer;
             ``"right"``, ``"left"``; ``"full"`` both, R = P^T G Q (`tucker`); ``"tucker"``: parameters with
@@ -153,7 +170,9 @@ class SubspaceOptions:
     """
 
     rank: int | None = None
-    update_proj_gap: int = 10
+    update_proj_gap: int | Due = 10
+    schedule: str = "fixed"
+    basis_from: str = "gradient"
     scale: float = 1.0
     proj_type: str = "std"
     projector: str = "range_finder"
@@ -176,7 +195,12 @@ class SubspaceOptions:
     def __post_init__(self) -> None:
         if self.rank is not None:
             _check_int("rank", self.rank, 1, "a positive integer or None")
-        _check_int("update_proj_gap", self.update_proj_gap, 1, "a positive integer")
+        if not callable(self.update_proj_gap):
+            _check_int("update_proj_gap", self.update_proj_gap, 1, "a positive integer or a callable")
+        elif self.schedule != "fixed":
+            raise ValueError(
+                f"schedule={self.schedule!r} goes with an integer update_proj_gap, got {self.update_proj_gap!r}"
+            )
         _check_int("power", self.power, 0, "an integer, not negative")
         _check_int("oversampling", self.oversampling, 0, "an integer, not negative")
         _check_int("seed", self.seed, 0, "an integer from 0 to 2**63 - 1")
@@ -236,7 +260,8 @@ def resolve(keys: Mapping[str, Any], defaults: Mapping[str, Any] | None = None) 
     base = {name: value for name, value in (defaults or {}).items() if name in names}
     if preset is not None:
         base = {"rank": base.get("rank")}
-    return asdict(SubspaceOptions(**{**base, **PRESETS.get(preset or "default", {}), **explicit}))
+    options = SubspaceOptions(**{**base, **PRESETS.get(preset or "default", {}), **explicit})
+    return {name: getattr(options, name) for name in names}  # asdict would copy a callable
 
 
 def as_matrices(p: Tensor) -> Tensor:
@@ -342,33 +367,55 @@ def new_state(p: Tensor, options: SubspaceOptions, key: int) -> dict[str, Any]:
     rank = rank_of(p, options)
     assert rank is not None
     shape, bases = state_shapes(p, side, rank)
+    entries = option_entries(p, options)
     return {
         "step": torch.zeros((), dtype=torch.float32, device=p.device),
         **zero_moments(p, shape, options.state_dtype),
         # In the weight's dtype: half precision products take them as they are.
         **{name: torch.zeros(basis, dtype=p.dtype, device=p.device) for name, basis in bases.items()},
-        **residual_state(p, options.residual),
+        **{name: entry for name, entry in entries.items() if name in OPTION_TENSORS},
         "rank": rank,
         "side": side,
         "key": key,
         "refreshes": 0,
         "last_refresh": 0,
+        **{name: entry for name, entry in entries.items() if name in OPTION_NUMBERS},
     }
 
 
-def residual_shapes(p: Tensor) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    """Of the tensors of RESIDUAL_STATES, with their dtypes: a number a matrix, an entry an entry."""
+def option_shapes(p: Tensor) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Of OPTION_TENSORS, with their dtypes: a number a matrix, an entry an entry."""
     stack = tuple(p.shape[:-2]) if p.dim() == 3 else ()
-    return {"residual_norm": (stack, torch.float32), "error": (tuple(p.shape), p.dtype)}
+    return {
+        "residual_norm": (stack, torch.float32),
+        "error": (tuple(p.shape), p.dtype),
+        "average": (tuple(p.shape), p.dtype),
+    }
 
 
-def residual_state(p: Tensor, residual: str) -> dict[str, Tensor]:
-    """Zeros: nothing outside the subspace yet."""
-    name = RESIDUAL_STATES.get(residual)
-    if name is None:
-        return {}
-    shape, dtype = residual_shapes(p)[name]
-    return {name: torch.zeros(shape, dtype=dtype, device=p.device)}
+def option_entries(p: Tensor, options: SubspaceOptions) -> dict[str, Any]:
+    """The entries of a new state that its options ask for: tensors of zeros, nothing yet, then numbers."""
+    wanted = [name for name in (*OPTION_TENSORS, *OPTION_NUMBERS) if _wants(name, options)]
+    shapes = option_shapes(p) if wanted else {}
+    entries: dict[str, Any] = {}
+    for name in wanted:
+        if name in shapes:
+            shape, dtype = shapes[name]
+            entries[name] = torch.zeros(shape, dtype=dtype, device=p.device)
+        else:
+            entries[name] = options.update_proj_gap if name == "interval" else 0.0
+    return entries
+
+
+def _wants(name: str, options: SubspaceOptions) -> bool:
+    """Whether a state has this entry of OPTION_TENSORS or OPTION_NUMBERS."""
+    if name in RESIDUAL_STATES.values():
+        return RESIDUAL_STATES.get(options.residual) == name
+    if name == "average":
+        return options.basis_from == "average"
+    if name == "interval":
+        return options.schedule == "adaptive"
+    return is_measured(options)
 
 
 def zero_moments(p: Tensor, shape: Sequence[int], state_dtype: torch.dtype | None) -> dict[str, Tensor]:
@@ -394,17 +441,13 @@ def follow(
     shape: Sequence[int] = (p.numel(),)
     if not plain:
         shape, _ = state_shapes(p, state["side"], rank_of(p, options) or state["rank"])
-        for name, basis in bases_of(state).items():
-            if basis.dtype != p.dtype:
-                state[name] = basis.to(p.dtype)
-        if "error" in state and state["error"].dtype != p.dtype:
-            state["error"] = state["error"].to(p.dtype)
-        wanted = RESIDUAL_STATES.get(options.residual)
-        for name in RESIDUAL_STATES.values():
-            if name != wanted:
+        for name in (*OPTION_TENSORS, *OPTION_NUMBERS):
+            if (name in state) != _wants(name, options):
                 state.pop(name, None)
-        if wanted is not None and wanted not in state:
-            state.update(residual_state(p, options.residual))
+                state |= {k: v for k, v in option_entries(p, options).items() if k not in state}
+        for name in (*bases_of(state), "error", "average"):
+            if name in state and state[name].dtype != p.dtype:
+                state[name] = state[name].to(p.dtype)
     dtype = moments.kept_dtype(math.prod(shape), options.state_dtype, compute_dtype(p))
     device = p.device
     if plain and is_torchs(p, options):
@@ -416,9 +459,28 @@ def follow(
         moments.keep_as(state, dtype, flat=plain)
 
 
-def refresh_due(state: Mapping[str, Any], taken: int, gap: int) -> bool:
-    """Whether the step that follows `taken` steps refreshes; a refresh that failed stays due."""
-    return state["refreshes"] == 0 or taken - state["last_refresh"] >= gap
+def is_measured(options: SubspaceOptions) -> bool:
+    """Whether the schedule asks what every step has measured."""
+    return options.schedule == "adaptive" or callable(options.update_proj_gap)
+
+
+def take_average(grad: Tensor, state: Mapping[str, Any], beta: float) -> None:
+    """Takes a gradient into the average of gradients, unless it is not finite."""
+    average = as_matrices(state["average"])
+    finite = torch.linalg.vector_norm(grad, math.inf, dim=(-2, -1), keepdim=True).isfinite()
+    average.lerp_(torch.where(finite, grad, average), 1 - beta)
+
+
+def basis_source(
+    state: Mapping[str, Any], grad: Tensor, options: SubspaceOptions, beta: float, *, maximize: bool
+) -> Tensor:
+    """What the subspace is found of, in the projected form of the gradient."""
+    if options.basis_from == "average":
+        return as_matrices(state["average"])
+    if options.basis_from == "gradient" or not state["refreshes"]:
+        return grad
+    mean = _back(state, moments.values(state, "exp_avg").to(compute_dtype(grad)))
+    return mean.mul_(-beta if maximize else beta).add_(grad, alpha=1 - beta)
 
 
 def refreshed_in_step(p: Tensor, state: Mapping[str, Any], options: SubspaceOptions) -> bool:
@@ -426,6 +488,7 @@ def refreshed_in_step(p: Tensor, state: Mapping[str, Any], options: SubspaceOpti
     return (
         options.projector == "range_finder"
         and options.tolerance is None
+        and options.basis_from == "gradient"
         and state["rank"] == rank_of(p, options)
     )
 
@@ -442,8 +505,21 @@ def refresh(
     For all refreshes that are not done within the step.  None, and the state as it was, where a gradient
     is zero or not finite or memory runs out: the step then deals with it, and the refresh stays due.
     """
-    find = _find_all if options.tolerance is not None else find_each
-    bases = unless_out_of_memory(lambda: find(states, grads, options)) or [None] * len(states)
+
+    def find() -> list[Found]:
+        sources = [
+            basis_source(state, grad, options, betas[0], maximize=maximize)
+            for state, grad in zip(states, grads, strict=True)
+        ]
+        found = (_find_all if options.tolerance is not None else find_each)(states, sources, options)
+        if options.basis_from == "gradient":
+            return found
+        return [
+            found_one and (found_one[0], _projected(state, grad, found_one[0]))
+            for state, grad, found_one in zip(states, grads, found, strict=True)
+        ]
+
+    bases = unless_out_of_memory(find) or [None] * len(states)
     projected: list[Tensor | None] = []
     for state, grad, found in zip(states, grads, bases, strict=True):
         moved = None
@@ -553,6 +629,11 @@ def _back(state: Mapping[str, Any], x: Tensor) -> Tensor:
     """Out of the subspace: Q N or N Q^T."""
     basis: Tensor = state["basis"].to(x.dtype)
     return x @ basis.mT if state["side"] == RIGHT else basis @ x
+
+
+def _projected(state: Mapping[str, Any], grad: Tensor, basis: Tensor) -> Tensor:
+    grad = grad.to(basis.dtype)
+    return grad @ basis if state["side"] == RIGHT else basis.mT @ grad
 
 
 def _oriented(state: Mapping[str, Any], grad: Tensor) -> Tensor:

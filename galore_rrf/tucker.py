@@ -33,7 +33,6 @@ from galore_rrf.subspace import (
     modes_of,
     projected_form,
     rank_of,
-    refresh_due,
     sketched,
     unless_out_of_memory,
 )
@@ -45,12 +44,13 @@ def step(
     state: dict[str, Any],
     options: SubspaceOptions,
     *,
+    due: bool,
     lr: float,
     betas: tuple[float, float],
     weight_decay: float,
     **adamw: Any,
 ) -> float:
-    """One projected AdamW step of a parameter, with a refresh where one is due; returns the seconds of that.
+    """One projected AdamW step of a parameter, with a refresh where one is `due`; returns the seconds of that.
 
     A gradient that is not finite leaves all as it was; a zero one without bases yet decays the weight alone.
     """
@@ -58,7 +58,6 @@ def step(
     g = g.to(compute_dtype(p))
     rank = rank_of(p, options) or state["rank"]
     found, seconds = None, 0.0
-    due = refresh_due(state, int(state["step"]), options.update_proj_gap)
     at_end = options.refresh_at == "end" and state["refreshes"] > 0
     if due and not at_end:
         start = time.perf_counter()

@@ -13,12 +13,23 @@ from training import bias, check_state, params_of, same, set_gradients, settled,
 from galore_rrf import GaLoreAdamW
 from galore_rrf.subspace import SubspaceOptions
 
+
+def every_second(progress):
+    return progress.step % 2 == 0
+
+
+def never(progress):
+    return False
+
+
 # --- One group ------------------------------------------------------------------------------------------------
 
 OPTIONS = st.fixed_dictionaries(
     {"rank": st.integers(1, 12)},
     optional={
-        "update_proj_gap": st.integers(1, 4),
+        "update_proj_gap": st.integers(1, 4) | st.sampled_from([every_second, never]),
+        "schedule": st.sampled_from(["fixed", "staggered", "adaptive"]),
+        "basis_from": st.sampled_from(["gradient", "average", "momentum"]),
         "scale": st.floats(0, 2),
         "proj_type": st.sampled_from(["std", "reverse_std", "left", "right"]),
         "projector": st.sampled_from(["range_finder", "svd"]),
@@ -49,8 +60,10 @@ def test_any_valid_options_train(device, keys, tolerance, shape, dtype):
     if tolerance is not None:
         keys = {**keys, "tolerance": tolerance, "projector": "range_finder"}
         keys["moments"] = "reset" if keys.get("moments") == "reset" else "rotate"
-    if keys.get("moments") == "reset":
+    if keys.get("moments") == "reset" or keys.get("residual") == "feedback":
         keys = {**keys, "refresh_at": "start"}
+    if callable(keys.get("update_proj_gap")):
+        keys = {**keys, "schedule": "fixed"}
     p = torch.nn.Parameter(torch.ones(shape, dtype=dtype, device=device))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # kept moments with frequent refreshes
@@ -91,6 +104,8 @@ def test_any_tensor_is_projected_on_several_modes(device, keys, proj_type, shape
 
 VALUES = {
     "update_proj_gap": st.integers(1, 3),
+    "schedule": st.sampled_from(["fixed", "staggered", "adaptive"]),
+    "basis_from": st.sampled_from(["gradient", "average", "momentum"]),
     "scale": st.floats(0, 2),
     "proj_type": st.sampled_from(["std", "reverse_std", "left", "right"]),
     "projector": st.sampled_from(["range_finder", "svd"]),
@@ -131,6 +146,8 @@ CONSTRUCTOR = st.fixed_dictionaries(
 INVALID = {
     "rank": [0, -1, 2.0, True, "4"],
     "update_proj_gap": [0, 1.5, None],
+    "schedule": ["often", None],
+    "basis_from": ["weights", 1],
     "scale": [math.nan, math.inf, "1"],
     "proj_type": ["both", None],
     "projector": ["qr"],

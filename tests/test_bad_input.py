@@ -38,6 +38,22 @@ REFUSED = {
     "gap_float": ({"update_proj_gap": 2.0}, TypeError, r"Invalid update_proj_gap: 2\.0"),
     "gap_bool": ({"update_proj_gap": True}, TypeError, r"Invalid update_proj_gap: True"),
     "gap_none": ({"update_proj_gap": None}, TypeError, r"Invalid update_proj_gap: None"),
+    "schedule": ({"schedule": "often"}, ValueError, r"Invalid schedule: 'often' .*'staggered', 'adaptive'"),
+    "schedule_callable": (
+        {"schedule": "staggered", "update_proj_gap": callable},
+        ValueError,
+        "schedule='staggered' goes with an integer update_proj_gap",
+    ),
+    "basis_from": (
+        {"basis_from": "weights"},
+        ValueError,
+        r"Invalid basis_from: 'weights' .*'average', 'momentum'",
+    ),
+    "basis_from_full": (
+        {"basis_from": "average", "proj_type": "full"},
+        ValueError,
+        "basis_from='average' and proj_type='full'",
+    ),
     "power": ({"power": -1}, ValueError, r"Invalid power: -1"),
     "oversampling": ({"oversampling": -1}, ValueError, r"Invalid oversampling: -1"),
     "seed_negative": ({"seed": -1}, ValueError, r"Invalid seed: -1"),

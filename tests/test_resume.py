@@ -31,6 +31,12 @@ GAP = 3
 OPTIONS = {
     "rank": [{"rank": 3}, {"rank": 11}],
     "update_proj_gap": [{"update_proj_gap": 1}, {"update_proj_gap": 5}],
+    "schedule": [{"schedule": "staggered"}, {"schedule": "adaptive", "update_proj_gap": 1}],
+    "basis_from": [
+        {"basis_from": "average"},
+        {"basis_from": "momentum"},
+        {"basis_from": "average", "schedule": "adaptive"},
+    ],
     "scale": [{"scale": 0.25}],
     "proj_type": [
         {"proj_type": "reverse_std"},

@@ -6,7 +6,7 @@ import io
 import torch
 
 from galore_rrf import GaLoreAdamW
-from galore_rrf.subspace import STATE_KEYS, compute_dtype, residual_shapes, state_shapes
+from galore_rrf.subspace import OPTION_NUMBERS, STATE_KEYS, compute_dtype, option_shapes, state_shapes
 
 # Shape of the weight, its dtype, the group's keys: one of every way a subspace is found and used.
 KINDS = {
@@ -150,9 +150,11 @@ def check_state(p, state, rank):
     """The contract of a projected parameter's state; `rank` is the cap."""
     bases = [k for k in state if k.startswith("basis")]
     ints = STATE_KEYS[4:]
-    of_residual = {k: form for k, form in residual_shapes(p).items() if k in state}
-    assert tuple(state) == (*STATE_KEYS[:3], *bases, *of_residual, *ints)
-    assert all(isinstance(state[k], torch.Tensor) for k in (*STATE_KEYS[:3], *bases, *of_residual))
+    of_options = {k: form for k, form in option_shapes(p).items() if k in state}
+    numbers = [k for k in OPTION_NUMBERS if k in state]
+    assert tuple(state) == (*STATE_KEYS[:3], *bases, *of_options, *ints, *numbers)
+    assert all(type(state[k]) is (int if k == "interval" else float) for k in numbers)
+    assert all(isinstance(state[k], torch.Tensor) for k in (*STATE_KEYS[:3], *bases, *of_options))
     assert all(type(state[k]) is int and state[k] >= 0 for k in ints)
     assert 1 <= state["rank"] <= rank
     moments, shapes = state_shapes(p, state["side"], state["rank"])
@@ -160,7 +162,7 @@ def check_state(p, state, rank):
     for key, shape, dtype in (
         *((key, moments, compute_dtype(p)) for key in STATE_KEYS[1:3]),
         *((key, shape, p.dtype) for key, shape in shapes.items()),
-        *((key, shape, dtype) for key, (shape, dtype) in of_residual.items()),
+        *((key, shape, dtype) for key, (shape, dtype) in of_options.items()),
     ):
         assert (tuple(state[key].shape), state[key].dtype) == (shape, dtype), key
         assert state[key].is_contiguous(), key

@@ -11,10 +11,12 @@ import torch
 from torch import Tensor
 
 from galore_rrf import moments
+from galore_rrf.schedule import MEASURES
 from galore_rrf.subspace import (
     BOTH,
     LEFT,
-    RESIDUAL_STATES,
+    OPTION_NUMBERS,
+    OPTION_TENSORS,
     RIGHT,
     SCHEMA_VERSION,
     STATE_KEYS,
@@ -25,8 +27,8 @@ from galore_rrf.subspace import (
     is_projected,
     is_torchs,
     modes_of,
+    option_shapes,
     projected_shape,
-    residual_shapes,
     resolve,
     state_shapes,
 )
@@ -38,8 +40,19 @@ _IMPORT = (
 )
 
 
+CALLABLE = 0
+"""What stands in a state dict for a callable `update_proj_gap`."""
+
 # Keys that files of version 1 may be without: they are as the optimizer has them.
-_LATER = ("stochastic_rounding", "residual", "residual_scale", "refresh_at", "min_rank")
+_LATER = (
+    "stochastic_rounding",
+    "residual",
+    "residual_scale",
+    "refresh_at",
+    "min_rank",
+    "schedule",
+    "basis_from",
+)
 
 
 def completed_groups(
@@ -62,6 +75,13 @@ def completed_groups(
                 "need the galore_rrf that wrote them)"
             )
         later = {key: own[key] for key in _LATER if key in own and key not in loaded}
+        if loaded.get("update_proj_gap") == CALLABLE:
+            if not callable(own["update_proj_gap"]):
+                raise ValueError(
+                    "the state dict was saved with a callable update_proj_gap, which it does not hold: give the "
+                    f"optimizer that loads it one (its group has update_proj_gap={own['update_proj_gap']!r})"
+                )
+            loaded = {**loaded, "update_proj_gap": own["update_proj_gap"]}
         completed.append({**loaded, **resolve({**later, **loaded})})
     return completed
 
@@ -119,7 +139,7 @@ def check_projected_state(name: str, p: Tensor, saved: Mapping[str, Any]) -> Non
             f"the state of {name}, which is projected, lacks {', '.join(missing)}"
             + (f"; it looks like plain AdamW's or galore_torch's: {_IMPORT}" if foreign else "")
         )
-    more = ("basis_right", *(f"basis_{i}" for i in range(p.dim())), *RESIDUAL_STATES.values())
+    more = ("basis_right", *(f"basis_{i}" for i in range(p.dim())), *OPTION_TENSORS, *OPTION_NUMBERS)
     known = (*STATE_KEYS, *moments.SCALES, *more)
     unknown = [str(key) for key in saved if key not in known]
     if unknown:
@@ -159,9 +179,20 @@ def check_projected_state(name: str, p: Tensor, saved: Mapping[str, Any]) -> Non
     _check_moments(name, saved, shape, needs, scale)
     for key, basis in bases.items():
         check_tensor(f"{key} of {name}", saved[key], basis, needs)
-    for key, (shape, _) in residual_shapes(p).items():
+    for key, (shape, _) in option_shapes(p).items():
         if key in saved:
             check_tensor(f"{key} of {name}", saved[key], shape, needs)
+    _check_numbers(name, saved)
+
+
+def _check_numbers(name: str, saved: Mapping[str, Any]) -> None:
+    interval = saved.get("interval", 1)
+    if isinstance(interval, bool) or not isinstance(interval, int) or interval < 1:
+        raise ValueError(f"interval of {name} must be a positive integer, got {interval!r}")
+    for key in MEASURES:
+        value = saved.get(key, 0.0)
+        if not isinstance(value, float) or not 0 <= value <= 1:
+            raise ValueError(f"{key} of {name} must be a float from 0 to 1, got {value!r}")
 
 
 def _check_rank(name: str, p: Tensor, side: int, rank: int) -> None:
@@ -256,12 +287,9 @@ def _projected_state(p: Tensor, saved: Mapping[str, Any], state_dtype: torch.dty
         "step": step_tensor(saved),
         **_moments(p, saved, state_dtype),
         **{key: copied(p, basis, p.dtype) for key, basis in bases_of(saved).items()},
-        **{
-            key: copied(p, saved[key], dtype)
-            for key, (_, dtype) in residual_shapes(p).items()
-            if key in saved
-        },
+        **{key: copied(p, saved[key], dtype) for key, (_, dtype) in option_shapes(p).items() if key in saved},
         **{key: saved[key] for key in INTS},
+        **{key: saved[key] for key in OPTION_NUMBERS if key in saved},
     }
 
 

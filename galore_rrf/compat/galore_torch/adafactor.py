@@ -13,6 +13,7 @@ from galore_rrf import tucker
 from galore_rrf.checkpoint import check_sizes, completed_groups
 from galore_rrf.checkpoint.schema import INTS, check_step, check_tensor, copied, step_tensor
 from galore_rrf.compat.galore_torch.published import PUBLISHED
+from galore_rrf.schedule import is_due
 from galore_rrf.subspace import (
     BOTH,
     LEFT,
@@ -24,14 +25,20 @@ from galore_rrf.subspace import (
     find_each,
     matrix_ids,
     rank_of,
-    refresh_due,
     resolve,
     side_of,
     state_shapes,
 )
 
 # Keys with a single value: factored second moments cannot be rotated, and change no shape.
-_FIXED = {"moments": "keep", "tolerance": None, "nonfinite": "skip", "state_dtype": None}
+_FIXED = {
+    "moments": "keep",
+    "tolerance": None,
+    "schedule": "fixed",
+    "basis_from": "gradient",
+    "nonfinite": "skip",
+    "state_dtype": None,
+}
 
 
 class GaLoreAdafactor(Optimizer):
@@ -205,6 +212,10 @@ class GaLoreAdafactor(Optimizer):
 
 
 def _check_group(group: Mapping[str, Any]) -> None:
+    if callable(group["update_proj_gap"]):
+        raise TypeError(
+            f"Invalid update_proj_gap: {group['update_proj_gap']!r} (must be a positive integer in GaLoreAdafactor)"
+        )
     for name, only in _FIXED.items():
         if group[name] != only:
             raise ValueError(f"Invalid {name}: {group[name]!r} (must be {only!r} in GaLoreAdafactor)")
@@ -316,7 +327,9 @@ def _copied(p: Tensor, saved: Mapping[str, Any]) -> dict[str, Any]:
 def _projected(state: dict[str, Any], grad: Tensor, options: SubspaceOptions) -> Tensor:
     """The gradient in its subspace, which is found anew where that is due."""
     both = state["side"] == BOTH
-    if refresh_due(state, int(state["step"]), options.update_proj_gap):
+    gap = options.update_proj_gap
+    assert isinstance(gap, int)
+    if is_due(state, int(state["step"]), "fixed", gap, 0, resets=False):
         found: tuple[Any, Tensor] | None
         if both:
             found = tucker.find(state, grad, state["rank"], options)
