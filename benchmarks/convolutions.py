@@ -79,7 +79,7 @@ def train(keys: dict[str, Any], lr: float, seed: int) -> tuple[float, int, float
 def main() -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore", UserWarning)  # bare tensors that are elongated
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for name, (keys, rates) in RUNS.items():
         for lr in rates:
             runs = [train(keys, lr, seed) for seed in range(SEEDS)]
