@@ -67,6 +67,7 @@ def main() -> None:
         "plain": stepper(update_proj_gap=1, sketch="plain"),
         "half power": stepper(update_proj_gap=1, sketch="half_power"),
         "warm": stepper(update_proj_gap=1, sketch="warm"),
+        "warm, at the end": stepper(update_proj_gap=1, sketch="warm", refresh_at="end"),
         "tolerance": stepper(update_proj_gap=1, tolerance=0.1),
         "plain search": searcher("plain"),
         "half power search": searcher("half_power"),
@@ -108,6 +109,9 @@ def main() -> None:
                 row("step with refresh, plain", ms["plain"], "without", ms["ours"], "<= 2.2"),
                 row("step with refresh, half power", ms["half power"], "without", ms["ours"], "<= 2.8"),
                 row("step with refresh, warm", ms["warm"], "without", ms["ours"], "<= 2.8"),
+                row(
+                    "step with refresh, warm, at the end", ms["warm, at the end"], "start", ms["warm"], "< 1"
+                ),
                 row("step with refresh, tolerance .1", ms["tolerance"], "warm", ms["warm"], ""),
                 row("bf16 weights, step without refresh", ms["ours bf16"], "fp32", ms["ours"], "<= 1.3"),
                 row("bf16 weights, step with refresh, warm", ms["warm bf16"], "fp32", ms["warm"], "<= 1.3"),

@@ -144,8 +144,9 @@ class SubspaceOptions:
         moments: at a refresh, ``"rotate"`` into the new basis, ``"keep"`` as they are (published) or ``"reset"``
             to zero, their count of steps (``state["step"]``) too.
         refresh_at: whether a new basis serves in the step that finds it (``"start"``) or from the next one on
-            (``"end"``): a warm start is then half as dear, since the step's projection is its first product.
-        tolerance: at each refresh, the smallest multiple of 8 as rank whose relative residual is within it.
+            (``"end"``): a warm start then needs one more product with the gradient, not three.
+        tolerance: at each refresh, the smallest multiple of 8 as rank whose relative residual is within it,
+            by half power sketches whatever `sketch` says.
         min_rank: the least rank with `tolerance`; like the cap it need be no multiple of 8.
         nonfinite: a gradient with NaN or infinity leaves its matrix alone (``"skip"``) or, before anything
             is written, raises FloatingPointError (``"raise"``).
