@@ -77,6 +77,7 @@ PRESETS: dict[str, SubspaceKeys] = {
         "sketch": "half_power",
         "oversampling": 8,
     },
+    "best": {"residual": "sign", "residual_scale": 1.2},
 }
 
 _CHOICES = {
@@ -167,7 +168,8 @@ class SubspaceOptions:
         state_dtype: of the moments, those of plain parameters included: ``torch.float32``, ``torch.bfloat16``
             or ``torch.uint8``, 8-bit codes with an fp32 scale for every 256 entries; None: fp32 (fp64 for
             fp64 weights) where projected, as torch does where plain.
-        preset: ``"default"``, ``"published"``: a set of the above that explicit keys override.
+        preset: ``"default"``, ``"published"``, ``"best"`` (uses the residual): a set of the above that
+            explicit keys override.
     """
 
     rank: int | None = None

@@ -43,7 +43,7 @@ OPTIONS = st.fixed_dictionaries(
         "residual_scale": st.floats(0, 2),
         "seed": st.integers(0, 2**63 - 1),
         "arithmetic": st.sampled_from(["torch", "galore_torch"]),
-        "preset": st.sampled_from([None, "default", "published"]),
+        "preset": st.sampled_from([None, "default", "published", "best"]),
     },
 )
 

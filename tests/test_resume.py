@@ -62,7 +62,7 @@ OPTIONS = {
     "residual": [{"residual": "scaled"}, {"residual": "sign"}, {"residual": "feedback"}],
     "residual_scale": [{"residual": "sign", "residual_scale": 0.3}],
     "arithmetic": [{"arithmetic": "bitsandbytes"}, {"arithmetic": "galore_torch", "projector": "svd"}],
-    "preset": [{"preset": "default"}, {"preset": "published"}],
+    "preset": [{"preset": "default"}, {"preset": "published"}, {"preset": "best"}],
     "state_dtype": [{"state_dtype": torch.bfloat16}, {"state_dtype": torch.uint8}],
 }
 ADAMW = [
