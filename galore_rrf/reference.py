@@ -597,6 +597,15 @@ def _root_mean_square(a: Tensor, dim: int | None) -> Tensor:
     return a.square().mean(dim, keepdim=dim is not None).sqrt()
 
 
+def _orthogonalized(a: Tensor) -> Tensor:
+    """Two steps of Newton and Schulz towards the orthogonal polar factor, on the singular values themselves."""
+    u, s, vh = torch.linalg.svd(a, full_matrices=False)
+    s = s / s.pow(4).sum().pow(1 / 4)  # the root of ||A A^T||_F
+    for _ in range(2):
+        s = 3.4445 * s - 4.7750 * s**3 + 2.0315 * s**5
+    return (u * s) @ vh * math.sqrt(max(a.shape))
+
+
 def projected_adamw_(
     params: Sequence[Tensor],
     grads: Sequence[Tensor],
@@ -701,6 +710,10 @@ def projected_adamw_(
             for dim in (side - 1, side) * 2:
                 lengths = _root_mean_square(s, dim)
                 s = torch.where(lengths > 0, s / lengths, 0)
+            update += residual_scale * (-s if maximize else s)
+        elif residual == "orthogonalized":
+            least = 32 * torch.finfo(r.dtype).eps * r.norm()
+            s = _orthogonalized(outside) if outside.norm() > least else torch.zeros_like(outside)
             update += residual_scale * (-s if maximize else s)
         elif residual == "scaled":
             lengths = r.norm(dim=side - 1, keepdim=True)

@@ -89,7 +89,7 @@ _CHOICES = {
     "moments": ("rotate", "keep", "reset"),
     "refresh_at": ("start", "end"),
     "nonfinite": ("skip", "raise"),
-    "residual": ("drop", "scaled", "sign", "normalized", "feedback"),
+    "residual": ("drop", "scaled", "sign", "normalized", "orthogonalized", "feedback"),
     "arithmetic": ("torch", "galore_torch", "bitsandbytes"),
     "state_dtype": (None, torch.float32, torch.bfloat16, torch.uint8),
 }
@@ -158,6 +158,7 @@ class SubspaceOptions:
             (published); ``"scaled"``, every column as the subspace's share of it is scaled by Adam, its growth
             limited (Fira), a number of state; ``"sign"``, the sign of every entry (FRUGAL), no state;
             ``"normalized"``, its columns and rows divided by their root mean squares in turn (SinkGD), no state;
+            ``"orthogonalized"``, with its singular values made equal (Muon's step, without momentum), no state;
             ``"feedback"``, added to the next gradient (LDAdam), which needs a tensor as large as the weight.
         residual_scale: factor on the residual's step, beside 1 for the step within the subspace.  With
             ``"sign"`` every entry of a weight moves by ``lr * scale * residual_scale``, with ``"normalized"`` in

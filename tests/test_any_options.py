@@ -39,7 +39,7 @@ OPTIONS = st.fixed_dictionaries(
         "moments": st.sampled_from(["rotate", "keep", "reset"]),
         "refresh_at": st.sampled_from(["start", "end"]),
         "nonfinite": st.sampled_from(["skip", "raise"]),
-        "residual": st.sampled_from(["drop", "scaled", "sign", "normalized", "feedback"]),
+        "residual": st.sampled_from(["drop", "scaled", "sign", "normalized", "orthogonalized", "feedback"]),
         "residual_scale": st.floats(0, 2),
         "seed": st.integers(0, 2**63 - 1),
         "arithmetic": st.sampled_from(["torch", "galore_torch"]),

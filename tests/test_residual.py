@@ -13,12 +13,13 @@ pytestmark = pytest.mark.core
 # No rank is full: there would be no residual but rounding, whose signs mean nothing.
 PARTS = [((24, 37), 6, LEFT), ((37, 24), 5, RIGHT), ((3, 14, 11), 3, RIGHT), ((2, 9, 21), 4, LEFT)]
 LARGE = [((300, 450), 8, LEFT), ((450, 300), 8, LEFT), ((300, 450), 8, RIGHT)]
-MODES = ["scaled", "sign", "normalized", "feedback"]
+MODES = ["scaled", "sign", "normalized", "orthogonalized", "feedback"]
 # Of states and of weights: norms are kept in fp32.
 ACCURACY = {
     "scaled": (4e-6, 1e-7),
     "sign": (1e-8, 1e-8),
     "normalized": (1e-8, 1e-8),
+    "orthogonalized": (1e-8, 1e-8),
     "feedback": (1e-8, 1e-8),
 }
 

@@ -31,7 +31,13 @@ def test_feedback_in_the_optimizer_loses_nothing(device, keys, maximize):
 
 @pytest.mark.parametrize(
     ("residual", "entries"),
-    [("scaled", {"residual_norm"}), ("sign", set()), ("normalized", set()), ("feedback", {"error"})],
+    [
+        ("scaled", {"residual_norm"}),
+        ("sign", set()),
+        ("normalized", set()),
+        ("orthogonalized", set()),
+        ("feedback", {"error"}),
+    ],
 )
 def test_state_follows_the_mode(device, residual, entries):
     """Guards against state where none is needed, and a mode changed while training that finds none."""

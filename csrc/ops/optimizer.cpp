@@ -45,6 +45,7 @@ Residual residual_from_name(c10::string_view name) {
                                      {"scaled", Residual::scaled},
                                      {"sign", Residual::sign},
                                      {"normalized", Residual::normalized},
+                                     {"orthogonalized", Residual::orthogonalized},
                                      {"feedback", Residual::feedback}});
 }
 

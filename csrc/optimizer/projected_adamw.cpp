@@ -579,7 +579,9 @@ std::vector<Group> groups_of(const std::vector<ProjectedParameter>& parameters,
                              const ProjectionOptions& projection, bool asynchronous) {
   constexpr int64_t kMostEntries = int64_t{1} << 26;  // of what a step holds of all matrices together
   const auto entries_held = [&](const ProjectedParameter& p) {
-    return projection.residual == Residual::feedback ? p.weight.numel() : p.exp_avg.values.numel();
+    const bool whole =
+        projection.residual == Residual::feedback || projection.residual == Residual::orthogonalized;
+    return whole ? p.weight.numel() : p.exp_avg.values.numel();
   };
   std::vector<Group> groups;
   std::vector<size_t> heads;  // the parameter that each group began with

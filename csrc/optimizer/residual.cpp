@@ -3,6 +3,7 @@
 #include <ATen/ops/_foreach_copy.h>
 #include <ATen/ops/addmm.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
 #include <ATen/ops/minimum.h>
 #include <ATen/ops/ones.h>
 #include <ATen/ops/stack.h>
@@ -13,6 +14,7 @@
 #include <optional>
 
 #include "kernels.h"
+#include "optimizer/orthogonalized.h"
 
 namespace galore_rrf {
 namespace {
@@ -73,6 +75,9 @@ class Tiles {
   int64_t count_, rows_, cols_, most_rows_, most_;
 };
 
+// Of fp32 and fp64.
+double roundoff(const at::Tensor& a) { return a.scalar_type() == at::kDouble ? 0x1p-53 : 0x1p-24; }
+
 // Whether memory follows the columns of the left form.
 bool is_turned(const at::Tensor& matrix) { return matrix.stride(0) < matrix.stride(1); }
 
@@ -117,7 +122,7 @@ class Normalized {
         columns_(at::ones({x.projected.size(0), 1, tiles.cols()}, x.projected.options())),
         rows_(at::ones({x.projected.size(0), grads.front().size(0), 1}, x.projected.options())) {
     // What rounding leaves of a gradient within the subspace is no direction.
-    const double u = x.projected.scalar_type() == at::kDouble ? 0x1p-53 : 0x1p-24;
+    const double u = roundoff(x.projected);
     const auto entries = static_cast<double>(grads.front().numel());
     const at::Tensor inside = at::empty({x.projected.size(0)}, lengths_.options().dtype(at::kDouble));
     kernels_for(inside).squared_norms(inside, x.projected);
@@ -187,6 +192,27 @@ class Normalized {
   at::Tensor columns_, rows_, least_;
 };
 
+// E orthogonalized, in memory's order, times lengths; 0 where E is but rounding.
+at::Tensor orthogonalized_residual(const WeightStep& x, const Matrices& grads, at::ScalarType dtype,
+                                   const Matrices& bases, bool turned) {
+  const at::Tensor idle = x.lengths.eq(0).view({-1, 1, 1});
+  const at::Tensor e =
+      at::empty({x.lengths.size(0), grads.front().size(0), grads.front().size(1)}, x.projected.options());
+  const Matrices each_e = each(e);
+  for (size_t i = 0; i < grads.size(); ++i) at::Tensor(each_e[i]).copy_(grads[i]);
+  at::Tensor(e).masked_fill_(idle, 0);
+  Product(bases, x.projected.neg(), dtype, turned).into_(e, 0, 0, 1);
+  const at::Tensor inside = at::empty(x.lengths.sizes(), x.lengths.options());
+  const at::Tensor outside = at::empty_like(inside);
+  kernels_for(e).squared_norms(inside, x.projected);
+  kernels_for(e).squared_norms(outside, e);
+  const double least = 64 * roundoff(e);
+  at::Tensor(e).masked_fill_(outside.le(inside.mul_(least * least)).view({-1, 1, 1}), 0);
+  // Products of half precision where those are fast.
+  const at::Tensor narrow = dtype == e.scalar_type() ? e : e.to(at::kBFloat16);
+  return orthogonalized(narrow).to(e.scalar_type()).mul_(x.lengths.to(e.scalar_type()).view({-1, 1, 1}));
+}
+
 }  // namespace
 
 void add_by_tiles_(const WeightStep& x, const std::optional<RowRounding>& rounding) {
@@ -203,10 +229,12 @@ void add_by_tiles_(const WeightStep& x, const std::optional<RowRounding>& roundi
   const at::Tensor memory = at::empty({tiles.most_entries()}, x.steps.options());
   std::optional<Product> projected;
   std::optional<Normalized> normalized;
+  at::Tensor whole;
   if (x.residual == Residual::sign) projected.emplace(bases, x.projected, dtype, turned);
   if (x.residual == Residual::normalized) {
     normalized.emplace(x, grads, tiles, memory, dtype, bases, turned);
   }
+  if (x.residual == Residual::orthogonalized) whole = orthogonalized_residual(x, grads, dtype, bases, turned);
   tiles.for_each([&](int64_t first, int64_t count, int64_t start, int64_t height) {
     const at::Tensor tile = tiles.of(memory, count, height);
     const auto rows = [&](const Matrices& list) { return rows_of(list, first, count, start, height); };
@@ -216,8 +244,10 @@ void add_by_tiles_(const WeightStep& x, const std::optional<RowRounding>& roundi
                                    x.lengths.narrow(0, first, count));
     } else if (normalized) {
       normalized->into_(tile, first, start);
+    } else if (whole.defined()) {
+      at::Tensor(tile).copy_(whole.narrow(0, first, count).narrow(1, start, height));
     }
-    steps.into_(tile, first, start, projected || normalized ? 1 : 0);
+    steps.into_(tile, first, start, projected || normalized || whole.defined() ? 1 : 0);
     if (x.residual == Residual::scaled) {
       const at::Tensor scales = x.column_scales.narrow(0, first, count);
       kernels.add_scaled_(tile, with_rows_in_one_piece(rows(grads)),

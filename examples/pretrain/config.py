@@ -127,7 +127,7 @@ class OptimizerConfig(BaseModel):
     """galore: how the range finder samples the gradient"""
     moments: Literal["rotate", "keep", "reset"] | None = None
     """galore, galore_svd: what becomes of the moments at a refresh"""
-    residual: Literal["drop", "scaled", "sign", "normalized", "feedback"] | None = None
+    residual: Literal["drop", "scaled", "sign", "normalized", "orthogonalized", "feedback"] | None = None
     """galore, galore_svd: what is done with the gradient's part outside the subspace"""
     residual_scale: float | None = None
     """galore, galore_svd: factor on its step"""
