@@ -77,7 +77,7 @@ PRESETS: dict[str, SubspaceKeys] = {
         "sketch": "half_power",
         "oversampling": 8,
     },
-    "best": {"residual": "sign", "residual_scale": 1.2},
+    "best": {"residual": "normalized", "residual_scale": 1.2},
 }
 
 _CHOICES = {
