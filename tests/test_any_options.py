@@ -48,6 +48,15 @@ OPTIONS = st.fixed_dictionaries(
 )
 
 
+def agreeing(keys):
+    """Without what excludes each other, and is refused with a sentence (test_bad_input)."""
+    if keys.get("moments") == "reset" or keys.get("residual") == "feedback":
+        keys = {**keys, "refresh_at": "start"}
+    if callable(keys.get("update_proj_gap")):
+        keys = {**keys, "schedule": "fixed"}
+    return keys
+
+
 @settings(max_examples=25, deadline=None, derandomize=True)
 @given(
     keys=OPTIONS,
@@ -60,10 +69,7 @@ def test_any_valid_options_train(device, keys, tolerance, shape, dtype):
     if tolerance is not None:
         keys = {**keys, "tolerance": tolerance, "projector": "range_finder"}
         keys["moments"] = "reset" if keys.get("moments") == "reset" else "rotate"
-    if keys.get("moments") == "reset" or keys.get("residual") == "feedback":
-        keys = {**keys, "refresh_at": "start"}
-    if callable(keys.get("update_proj_gap")):
-        keys = {**keys, "schedule": "fixed"}
+    keys = agreeing(keys)
     p = torch.nn.Parameter(torch.ones(shape, dtype=dtype, device=device))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # kept moments with frequent refreshes
@@ -86,7 +92,7 @@ def test_any_valid_options_train(device, keys, tolerance, shape, dtype):
 )
 def test_any_tensor_is_projected_on_several_modes(device, keys, proj_type, shape, dtype):
     """Guards against a mode with fewer fibers than the rank, and a state that does not load."""
-    keys = {**keys, "proj_type": proj_type, "residual": "drop"}
+    keys = agreeing({**keys, "proj_type": proj_type, "residual": "drop", "basis_from": "gradient"})
     p = torch.nn.Parameter(torch.ones(shape, dtype=dtype, device=device))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
