@@ -509,7 +509,23 @@ def refresh(
     For all refreshes that are not done within the step.  None, and the state as it was, where a gradient
     is zero or not finite or memory runs out: the step then deals with it, and the refresh stays due.
     """
+    if options.tolerance is not None:
+        return _refreshed(states, grads, options, betas, maximize)
+    # One at a time: what a basis is found of may be as large as the weight.
+    return [
+        projected
+        for state, grad in zip(states, grads, strict=True)
+        for projected in _refreshed([state], [grad], options, betas, maximize)
+    ]
 
+
+def _refreshed(
+    states: Sequence[dict[str, Any]],
+    grads: Sequence[Tensor],
+    options: SubspaceOptions,
+    betas: tuple[float, float],
+    maximize: bool,
+) -> list[Tensor | None]:
     def find() -> list[Found]:
         sources = [
             basis_source(state, grad, options, betas[0], maximize=maximize)

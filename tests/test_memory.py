@@ -12,7 +12,7 @@ from galore_rrf import GaLoreAdamW, param_groups, state_bytes
 from galore_rrf.memory import estimate, llama_activations
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float64]
-PARTS = ("weights", "gradients", "master_weights", "momentum", "variance", "bases", "steps")
+PARTS = ("weights", "gradients", "master_weights", "momentum", "variance", "bases", "buffers", "steps")
 
 # Hidden, intermediate, heads, layers, rank of the published models (GaLore, arXiv 2403.03507, table 5).
 PUBLISHED = {
@@ -66,6 +66,7 @@ def measured(model, optimizer, master_weights=()):
         "momentum": size(s["exp_avg"] for s in state),
         "variance": size(s["exp_avg_sq"] for s in state),
         "bases": size(v for s in state for k, v in s.items() if k.startswith("basis")),
+        "buffers": size(s[k] for s in state for k in ("error", "average", "residual_norm") if k in s),
         "steps": size(s["step"] for s in state),
     }
 
@@ -124,6 +125,24 @@ def test_galore_to_the_byte(rank, proj_type, dtype):
     found = estimate(model, "galore", rank=rank, proj_type=proj_type)
     check(found, model, optimizer)
     assert (found.bases > 0) == (rank < 13)
+
+
+OPTIONS = [
+    *({"residual": mode} for mode in ("sign", "normalized", "orthogonalized", "scaled", "feedback")),
+    *({"basis_from": source} for source in ("average", "momentum")),
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("keys", [*OPTIONS, {"residual": "feedback", "basis_from": "average"}], ids=str)
+def test_buffers_to_the_byte(keys, dtype):
+    """Guards against an entry of the state that an option asks for and nobody counts."""
+    model = Model().to(dtype)
+    trained = [(name, p) for name, p in model.named_parameters(remove_duplicate=False) if p.requires_grad]
+    optimizer = stepped(GaLoreAdamW(param_groups(trained, 4, **keys)))
+    found = estimate(model, "galore", rank=4, **keys)
+    check(found, model, optimizer)
+    assert (found.buffers > 0) == bool({"scaled", "feedback", "average"}.intersection(keys.values()))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -239,6 +258,7 @@ def test_mixed_precision_takes_16_bytes_a_parameter(name, published):
         "momentum": 4,
         "variance": 4,
         "bases": 0,
+        "buffers": 0,
     }
     assert found.held - found.steps == 16 * found.parameters
 
@@ -277,6 +297,34 @@ def test_galore_workspace_is_near_the_measured_peak(shape, rank, proj_type, dtyp
     optimizer = stepped(GaLoreAdamW(param_groups(model, rank, update_proj_gap=1, proj_type=proj_type)))
     found = estimate(model, "galore", rank=rank, proj_type=proj_type, threads=1).workspace
     assert found == pytest.approx(peak_bytes(optimizer.step), rel=0.05)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("shape", "rank"),
+    [((512, 1376), 128), ((1376, 512), 128), ((512, 512), 500), ((1024, 1024), 16), ((3, 200, 120), 30)],
+    ids=str,
+)
+@pytest.mark.parametrize("keys", OPTIONS, ids=str)
+def test_workspace_of_options_is_near_the_measured_peak(keys, shape, rank, dtype, threads):
+    """Guards against whole residuals, or sources of a basis, that nobody counts: within 5%, one matrix in flight."""
+    threads(1)
+    model = nn.ParameterDict({"mlp": nn.Parameter(torch.randn(shape).to(dtype))})
+    optimizer = stepped(GaLoreAdamW(param_groups(model, rank, update_proj_gap=1, **keys)))
+    found = estimate(model, "galore", rank=rank, threads=1, **keys).workspace
+    assert found == pytest.approx(peak_bytes(optimizer.step), rel=0.05)
+
+
+def test_momentum_is_that_of_one_matrix_at_a_time(threads):
+    """Guards against momenta of all matrices at once: a further matrix adds its new state, but no weight's size."""
+    threads(1)
+
+    def peak(count):
+        model = nn.ParameterDict({f"mlp{i}": nn.Parameter(torch.randn(256, 320)) for i in range(count)})
+        groups = param_groups(model, 32, update_proj_gap=1, basis_from="momentum")
+        return peak_bytes(stepped(GaLoreAdamW(groups)).step)
+
+    assert peak(6) - peak(2) < 4 * (4 * 256 * 320)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -400,6 +448,13 @@ def test_activations_are_not_estimated_unasked():
         ({"optimizer": "galore", "rank": 0}, ValueError, r"Invalid rank: 0 \(must be a positive integer"),
         ({"optimizer": "galore", "rank": 4.0}, TypeError, r"Invalid rank: 4\.0"),
         ({"optimizer": "galore", "rank": 4, "proj_type": "up"}, ValueError, r"Invalid proj_type: 'up'"),
+        ({"optimizer": "galore", "rank": 4, "residual": "all"}, ValueError, r"Invalid residual: 'all'"),
+        (
+            {"residual": "sign"},
+            ValueError,
+            r"Invalid residual: 'sign' \(must be 'drop' with optimizer='adamw'",
+        ),
+        ({"basis_from": "average"}, ValueError, r"Invalid basis_from: 'average' \(must be 'gradient'"),
         ({"dtype": torch.int8}, TypeError, r"Invalid dtype: torch\.int8"),
         ({"dtype": "bf16"}, TypeError, r"Invalid dtype: 'bf16'"),
         ({"dtype": torch.float32, "mixed_precision": True}, ValueError, r"Invalid dtype: torch\.float32"),

@@ -118,6 +118,28 @@ def test_table_shows_the_estimates(tmp_path, capsys):
         assert row[column] == f"{getattr(found, part) / 1e6:.3f}", column
 
 
+@pytest.mark.parametrize(
+    ("keys", "expected"),
+    [
+        ("residual: feedback", {"residual": "feedback"}),
+        ("basis_from: average", {"basis_from": "average"}),
+        ("preset: best", {"residual": "normalized"}),
+        ("preset: best, residual: scaled", {"residual": "scaled"}),
+    ],
+)
+def test_options_of_the_file(keys, expected, tmp_path, capsys):
+    """Guards against a table of other options than the file or its preset has."""
+    pytest.importorskip("transformers")
+    main([config(tmp_path, TINY.replace("{rank: 4}", f"{{rank: 4, {keys}}}"))])
+    row = cells(capsys.readouterr().out)[1]["GaLore rank 4, bf16"]
+    main([config(tmp_path, TINY)])
+    without = cells(capsys.readouterr().out)[1]["GaLore rank 4, bf16"]
+    assert float(row["workspace *"]) > float(without["workspace *"])
+    keeps = expected != {"residual": "normalized"}
+    assert (row["buffers"] != "-") == keeps
+    assert without["buffers"] == "-"
+
+
 def test_activations_without_a_batch(tmp_path, capsys):
     """Guards against a number for a batch nobody named."""
     pytest.importorskip("transformers")
@@ -144,7 +166,7 @@ def test_chart_shows_16_bytes_in_parts(tmp_path, monkeypatch):
     assert numbers[:-1] == ["2", "2", "4", "4", "4"]
     assert "16 bytes a parameter" in numbers[-1]
     heights = [bars[0].get_height() for bars in axes.containers]
-    assert heights[:-1] == pytest.approx([0.058074 * b for b in (2, 2, 4, 4, 4, 0)], rel=1e-4)
+    assert heights[:-1] == pytest.approx([0.058074 * b for b in (2, 2, 4, 4, 4, 0, 0)], rel=1e-4)
     legend = [t.get_text() for t in figures[0].legends[0].get_texts()]
     assert legend[:3] == ["weights", "gradients", "master weights"]
     assert "estimated" in legend[-1]

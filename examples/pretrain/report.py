@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from galore_rrf.memory import MemoryEstimate, estimate
+from galore_rrf.subspace import resolve
 from pretrain.config import OURS
 from pretrain.data.corpus import Corpus
 from pretrain.files import write_atomically
@@ -26,6 +27,7 @@ _STATE = (
     ("momentum", ("exp_avg", "exp_avg_scale", "momentum_buffer"), "momentum"),
     ("variance", ("exp_avg_sq", "exp_avg_sq_scale"), "variance"),
     ("bases", ("basis", "basis_right", "projector"), "bases"),
+    ("buffers", ("error", "average", "residual_norm"), "buffers"),
     ("step counts", ("step",), "steps"),
 )
 _OTHER = "other buffers"
@@ -116,7 +118,12 @@ def _formula(trainer: Trainer) -> MemoryEstimate | None:
     if o.name not in OURS:
         return None
     dtype = STATE_DTYPES[o.state_dtype]
-    return estimate(trainer.model, "galore", rank=o.rank, proj_type=o.proj_type or "std", state_dtype=dtype)
+    keys = ("proj_type", "residual", "basis_from")
+    given = {key: getattr(o, key) for key in (*keys, "preset") if getattr(o, key) is not None}
+    found = resolve({"rank": o.rank, **given})
+    return estimate(
+        trainer.model, "galore", rank=o.rank, state_dtype=dtype, **{key: found[key] for key in keys}
+    )
 
 
 def adamw_moments(model: nn.Module) -> dict[str, int]:

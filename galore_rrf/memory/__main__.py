@@ -14,6 +14,7 @@ import torch
 
 from galore_rrf.memory.chart import draw, unit
 from galore_rrf.memory.estimate import MemoryEstimate, estimate
+from galore_rrf.subspace import resolve
 
 _COLUMNS = (
     ("weights", "weights"),
@@ -22,11 +23,14 @@ _COLUMNS = (
     ("momentum", "momentum"),
     ("variance", "variance"),
     ("bases", "bases"),
+    ("buffers", "buffers"),
     ("held", "held"),
     ("workspace *", "workspace"),
     ("activations *", "activations"),
     ("peak *", "total"),
 )
+
+_KEYS = ("proj_type", "residual", "basis_from")  # of GaLore, as the file or its preset has them
 
 
 class _UserError(Exception):
@@ -110,7 +114,9 @@ def _estimates(path: Path, args: argparse.Namespace) -> tuple[str, dict[str, Mem
     }
     bf16 = {"dtype": torch.bfloat16, **common}
     try:
-        galore = estimate(llama, "galore", rank=rank, proj_type=optimizer.get("proj_type") or "std", **bf16)
+        given = {key: optimizer[key] for key in (*_KEYS, "preset") if optimizer.get(key) is not None}
+        keys = resolve({"rank": rank, **given})
+        galore = estimate(llama, "galore", rank=rank, **{key: keys[key] for key in _KEYS}, **bf16)
         methods = {
             "AdamW, mixed precision": estimate(llama, mixed_precision=True, **common),
             "AdamW, bf16": estimate(llama, **bf16),

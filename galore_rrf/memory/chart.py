@@ -17,6 +17,7 @@ _PARTS = {
     "momentum": "#F0E442",
     "variance": "#E69F00",
     "bases": "#D55E00",
+    "buffers": "#CC79A7",
 }
 _LEGIBLE = 0.025  # of the tallest bar: lower segments get no number
 

@@ -14,6 +14,7 @@ from galore_rrf.memory.activations import llama_activations
 from galore_rrf.param_groups import EXCLUDE, INCLUDE, NamedParameter, param_groups
 from galore_rrf.subspace import (
     LEFT,
+    OPTION_TENSORS,
     RIGHT,
     TUCKER,
     SubspaceOptions,
@@ -31,6 +32,7 @@ OPTIMIZERS = ("adamw", "galore", "lora")
 _STEP = 4  # bytes of a step count, an fp32 scalar
 _TILE = 2**17  # entries of the tile that half precision is cast in (csrc/range_finder/product.cpp)
 _ROTATED = 256  # columns of moments rotated at a time (csrc/optimizer/rotate.cpp)
+_RESIDUAL_TILE = 2**16  # entries of the residual that are there at a time (csrc/optimizer/residual.cpp)
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,7 @@ class MemoryEstimate:
         master_weights: fp32 copies of what is trained, in mixed precision.
         momentum, variance: first and second moments.
         bases: of the subspaces.
+        buffers: what `residual` and `basis_from` keep beside these: an error, an average, a norm.
         steps: the count that the state of every parameter has.
         workspace: what a step allocates beyond all that, at its peak: on a CPU, refreshes at fixed rank from
             a warm start.
@@ -57,6 +60,7 @@ class MemoryEstimate:
     momentum: int
     variance: int
     bases: int
+    buffers: int
     steps: int
     workspace: int
     activations: int | None = None
@@ -64,7 +68,7 @@ class MemoryEstimate:
     @property
     def state(self) -> int:
         """What `state_bytes` counts after the first step."""
-        return self.momentum + self.variance + self.bases + self.steps
+        return self.momentum + self.variance + self.bases + self.buffers + self.steps
 
     @property
     def held(self) -> int:
@@ -84,6 +88,8 @@ def estimate(
     rank: int | None = None,
     proj_type: str = "std",
     state_dtype: torch.dtype | None = None,
+    residual: str = "drop",
+    basis_from: str = "gradient",
     include: Sequence[str] = INCLUDE,
     exclude: Sequence[str] = EXCLUDE,
     dtype: torch.dtype | None = None,
@@ -104,7 +110,8 @@ def estimate(
             of ``param_groups(model, rank)``, which is frozen, and over all other parameters; adapters in
             the dtype of the weights (peft with ``autocast_adapter_dtype=False``).
         rank: for ``"galore"`` (with `tolerance` the cap) and ``"lora"``.
-        proj_type, state_dtype: as of `SubspaceOptions`; state_dtype with ``"galore"`` alone.
+        proj_type, state_dtype, residual, basis_from: as of `SubspaceOptions`; the last three with ``"galore"``
+            alone.
         include, exclude: as of `param_groups`.
         dtype: of weights and gradients, and of the moments that are not projected; None: as they are.
         mixed_precision: weights and gradients in bf16 (or `dtype`), the optimizer over fp32 master weights;
@@ -118,7 +125,10 @@ def estimate(
         ValueError, TypeError: naming the argument, its value and what is allowed; ValueError too where no
             parameter is to be projected.
     """
-    _check(optimizer, rank, dtype, state_dtype, mixed_precision, tokens, threads)
+    options = SubspaceOptions(
+        rank=rank, proj_type=proj_type, state_dtype=state_dtype, residual=residual, basis_from=basis_from
+    )
+    _check(optimizer, options, dtype, mixed_precision, tokens, threads)
     if mixed_precision:
         dtype = dtype or torch.bfloat16
     stand_ins = {
@@ -130,7 +140,6 @@ def estimate(
     trained = [(name, stand_ins[p]) for name, p in named if p.requires_grad]
     chosen, plain = _split(trained, rank, include, exclude)
     parameters = sum(p.numel() for p in stand_ins.values())
-    options = SubspaceOptions(rank=rank, proj_type=proj_type, state_dtype=state_dtype)
     adapters = 0
     projected: list[Tensor] = []
     if optimizer == "galore":
@@ -168,17 +177,17 @@ def estimate(
         momentum=_bytes_of(moments, "exp_avg"),
         variance=_bytes_of(moments, "exp_avg_sq"),
         bases=_bytes(basis for state in states for basis in bases_of(state).values()),
+        buffers=_bytes(state[name] for state in states for name in OPTION_TENSORS if name in state),
         steps=_STEP * len(projected + plain),
-        workspace=_workspace(plain, projected, states, threads or torch.get_num_threads()),
+        workspace=_workspace(plain, projected, states, options, threads or torch.get_num_threads()),
         activations=activations,
     )
 
 
 def _check(
     optimizer: str,
-    rank: int | None,
+    options: SubspaceOptions,
     dtype: torch.dtype | None,
-    state_dtype: torch.dtype | None,
     mixed_precision: bool,
     tokens: int | None,
     threads: int | None,
@@ -188,12 +197,13 @@ def _check(
         raise ValueError(
             f"Invalid optimizer: {optimizer!r} (must be one of {', '.join(map(repr, OPTIMIZERS))})"
         )
-    if (rank is None) != (optimizer == "adamw"):
+    if (options.rank is None) != (optimizer == "adamw"):
         allowed = "None" if optimizer == "adamw" else "a positive integer"
-        raise ValueError(f"Invalid rank: {rank!r} (must be {allowed} with optimizer={optimizer!r})")
-    SubspaceOptions(rank=rank)
-    if state_dtype is not None and optimizer != "galore":
-        raise ValueError(f"Invalid state_dtype: {state_dtype} (must be None with optimizer={optimizer!r})")
+        raise ValueError(f"Invalid rank: {options.rank!r} (must be {allowed} with optimizer={optimizer!r})")
+    for name in ("state_dtype", "residual", "basis_from") if optimizer != "galore" else ():
+        value, default = getattr(options, name), getattr(SubspaceOptions, name)
+        if value != default:
+            raise ValueError(f"Invalid {name}: {value!r} (must be {default!r} with optimizer={optimizer!r})")
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise TypeError(f"Invalid dtype: {dtype!r} (must be a real floating-point torch.dtype or None)")
     if mixed_precision and dtype not in (None, torch.bfloat16, torch.float16):
@@ -240,7 +250,11 @@ def _plain_moments(p: Tensor, state_dtype: torch.dtype | None) -> Mapping[str, T
 
 
 def _workspace(
-    plain: list[Tensor], projected: list[Tensor], states: list[dict[str, Any]], threads: int
+    plain: list[Tensor],
+    projected: list[Tensor],
+    states: list[dict[str, Any]],
+    options: SubspaceOptions,
+    threads: int,
 ) -> int:
     """The larger of what plain parameters need, one after the other, and projected ones, side by side.
 
@@ -248,13 +262,22 @@ def _workspace(
     foreach path, the default on a GPU, holds the roots of all, its fused path nothing.
     """
     of_plain = 2 * max(map(_bytes, ([p] for p in plain)), default=0)
-    of_one_side, of_modes = [], [0]
+    of_one_side, of_modes, apart, averaged, coefficients = [], [0], [0], [0], 0
     for p, state in zip(projected, states, strict=True):
-        if state["side"] in (RIGHT, LEFT):
-            of_one_side += [_refresh_workspace(p, state)] * matrix_count(p)
-        else:
+        if state["side"] not in (RIGHT, LEFT):
             of_modes.append(_tucker_workspace(p, state))
-    return max(of_plain, sum(nlargest(threads, of_one_side)), max(of_modes))
+            continue
+        of_matrix = _residual_workspace(p, state, options.residual)
+        if options.basis_from == "gradient":
+            fed = _fed(p, options.residual) // matrix_count(p)
+            of_matrix = max(of_matrix, fed + _refresh_workspace(p, state))
+        else:  # one parameter after the other, before the step of all; its projected gradient waits for that
+            coefficients += compute_dtype(p).itemsize * state["exp_avg"].numel()
+            apart.append(_apart_workspace(p, state, options.basis_from))
+            averaged.append(_bytes([p]) if options.basis_from == "average" else 0)  # what is finite of G
+        of_one_side += [of_matrix] * matrix_count(p)
+    of_all = coefficients + max(*apart, sum(nlargest(threads, of_one_side)), 0)
+    return max(of_plain, *averaged, of_all, *of_modes)
 
 
 def _refresh_workspace(p: Tensor, state: Mapping[str, Any]) -> int:
@@ -262,26 +285,90 @@ def _refresh_workspace(p: Tensor, state: Mapping[str, Any]) -> int:
 
     Read off csrc/range_finder/fixed_rank.cpp and csrc/optimizer; docs/benchmarks.md has such a peak measured.
     """
-    side, rank = state["basis"].shape[-2:]
-    length = state["exp_avg"].numel() // (rank * matrix_count(p))
+    side, length, rank = _sizes(p, state)
     dtype = compute_dtype(p)
-    size = dtype.itemsize
-    half = p.element_size() < size
     long, short = length * rank, side * rank  # entries of the projected gradient, of the basis
-    previous = short if half else 0  # the old basis, cast
-    tile = min(_TILE, side * length) if half else 0
     loaded = 0 if state["exp_avg"].dtype == dtype else 2 * long  # both moments, to be rotated
+    # The projected gradient and the basis, the rotation, moments in tiles
+    rotating = long + short + 2 * rank**2 + 4 * rank * min(_ROTATED, length) + loaded
+    return max(_finding_workspace(p, state), dtype.itemsize * rotating + 8 * length)
+
+
+def _finding_workspace(p: Tensor, state: Mapping[str, Any]) -> int:
+    """The same of a warm start alone."""
+    side, length, rank = _sizes(p, state)
+    size = compute_dtype(p).itemsize
+    half = p.element_size() < size
+    long, short = length * rank, side * rank
+    tile = min(_TILE, side * length) if half else 0
     # The projected gradient is there throughout; beside it
     entries = long + max(
-        2 * long + previous,  # the inner factor and its LU
-        long + short + previous + tile,  # the inner factor and the sketch
+        2 * long,  # the inner factor and its LU
+        long + short + tile,  # the inner factor and the sketch
         3 * short,  # the sketch, its reflectors, the basis
-        short
-        + 2 * rank**2
-        + 4 * rank * min(_ROTATED, length)
-        + loaded,  # the basis, the rotation, moments in tiles
     )
     return size * entries + 8 * length  # the order of the rows of the LU
+
+
+def _sizes(p: Tensor, state: Mapping[str, Any]) -> tuple[int, int, int]:
+    """Of one matrix of `p`: the projected side, the other one, the rank."""
+    side, rank = state["basis"].shape[-2:]
+    return side, state["exp_avg"].numel() // (rank * matrix_count(p)), rank
+
+
+def _fed(p: Tensor, residual: str) -> int:
+    """Bytes of the gradients of `p` with the errors that they are fed."""
+    return _bytes([p]) if residual == "feedback" else 0
+
+
+def _residual_workspace(p: Tensor, state: Mapping[str, Any], residual: str) -> int:
+    """Bytes that one matrix of `p` needs where its residual is put to use, after the refresh or with its end.
+
+    Read off csrc/optimizer/residual.cpp, orthogonalized.cpp and projected_adamw.cpp.
+    """
+    side, length, rank = _sizes(p, state)
+    size = compute_dtype(p).itemsize
+    half = p.element_size() < size
+    long, short, entries = length * rank, side * rank, side * length
+    cast = short if half else 0  # the basis
+    tile = min(_RESIDUAL_TILE, entries)
+    tiles = 3 * tile if half else tile  # of the gradient and the weight too
+    if residual == "drop":
+        return 0
+    if residual == "feedback":
+        in_tiles = min(_TILE, entries) if half else 0
+        kept = 3 * long + cast + in_tiles  # the projected gradient, the step, the former negated
+        rotated = 5 * long + 4 * short + rank**2 + in_tiles + cast // 2  # what rotation loses, as one product
+        return _fed(p, residual) // matrix_count(p) + size * max(kept, rotated)
+    step = size * (2 * long + cast)  # the projected gradient beside the step
+    if residual == "orthogonalized":
+        return step + size * (3 * entries + 5 * min(side, length) ** 2 + tile)
+    if residual == "normalized":
+        columns = as_matrices(p).shape[-1]  # scales of these, and what they are made of, partly in fp64
+        return step + size * long + max(size * (tiles + columns), size * tile + 33 * columns)
+    return step + size * (tiles + (length if residual == "scaled" else 0))
+
+
+def _apart_workspace(p: Tensor, state: Mapping[str, Any], basis_from: str) -> int:
+    """Bytes that a refresh outside the step operator needs, beyond the projected gradient that it leaves.
+
+    Read off galore_rrf/subspace.py: of a stack all matrices at once, but for the range finder and the rotation.
+    """
+    side, length, rank = _sizes(p, state)
+    size, count = compute_dtype(p).itemsize, matrix_count(p)
+    half = p.element_size() < size
+    long, short = count * length * rank, count * side * rank
+    source = size * p.numel() if basis_from == "momentum" else 0
+    cast = size * p.numel() if half else 0  # the gradient, and where it is added to the momentum
+    copied = long if half and basis_from == "average" else 0
+    found = size * (short + copied - length * rank) + _finding_workspace(p, state)
+    rotation = 2 * rank**2 + 4 * rank * min(_ROTATED, length)
+    old = 3 * short // 2 if half else 0  # the basis before cast, the new one rounded
+    return max(
+        source + cast + size * (long + short),
+        source + found,
+        size * (2 * long + short + max(rotation + old, long)),
+    )
 
 
 def _tucker_workspace(p: Tensor, state: Mapping[str, Any]) -> int:
