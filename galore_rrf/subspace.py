@@ -483,8 +483,13 @@ def basis_source(
         return as_matrices(state["average"])
     if options.basis_from == "gradient" or not state["refreshes"]:
         return grad
-    mean = _back(state, moments.values(state, "exp_avg").to(compute_dtype(grad)))
-    return mean.mul_(-beta if maximize else beta).add_(grad, alpha=1 - beta)
+    mean = moments.values(state, "exp_avg").to(compute_dtype(grad))
+    mean = mean.neg() if maximize else mean.clone()
+    if options.refresh_at == "end":  # it has this step's gradient already
+        mean.sub_(_projected(state, grad, state["basis"].to(mean.dtype)), alpha=1 - beta)
+    else:
+        mean.mul_(beta)
+    return _back(state, mean).add_(grad, alpha=1 - beta)
 
 
 def refreshed_in_step(p: Tensor, state: Mapping[str, Any], options: SubspaceOptions) -> bool:

@@ -32,12 +32,14 @@ def leading(source, side, rank):
     return projector(vh[..., :rank, :].mT if side == 0 else u[..., :rank])
 
 
+@pytest.mark.parametrize("refresh_at", ["start", "end"])
 @pytest.mark.parametrize("maximize", [False, True])
 @pytest.mark.parametrize("basis_from", ["average", "momentum"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_the_basis_is_that_of_its_source(device, shape, basis_from, maximize):
-    """Guards against a basis of the gradient after all, of an old average, or of a momentum with the wrong sign."""
-    w, opt = make(device, shape, projector="svd", basis_from=basis_from)
+def test_the_basis_is_that_of_its_source(device, shape, basis_from, maximize, refresh_at):
+    """Guards against a basis of the gradient after all, of an old average, or of a momentum with the wrong sign,
+    with this step's gradient twice."""
+    w, opt = make(device, shape, projector="svd", basis_from=basis_from, refresh_at=refresh_at)
     opt.param_groups[0]["maximize"] = maximize
     average = torch.zeros_like(as_matrices(w.detach()))
     for step in range(6):

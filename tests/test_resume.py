@@ -31,11 +31,16 @@ GAP = 3
 OPTIONS = {
     "rank": [{"rank": 3}, {"rank": 11}],
     "update_proj_gap": [{"update_proj_gap": 1}, {"update_proj_gap": 5}],
-    "schedule": [{"schedule": "staggered"}, {"schedule": "adaptive", "update_proj_gap": 1}],
+    "schedule": [
+        {"schedule": "staggered"},
+        {"schedule": "staggered", "moments": "reset"},
+        {"schedule": "adaptive", "update_proj_gap": 1},
+    ],
     "basis_from": [
         {"basis_from": "average"},
         {"basis_from": "momentum"},
         {"basis_from": "average", "schedule": "adaptive"},
+        {"basis_from": "momentum", "refresh_at": "end"},
     ],
     "scale": [{"scale": 0.25}],
     "proj_type": [
@@ -43,6 +48,7 @@ OPTIONS = {
         {"proj_type": "left"},
         {"proj_type": "right"},
         {"proj_type": "full"},
+        {"proj_type": "full", "schedule": "adaptive", "update_proj_gap": 1},
     ],
     "projector": [{"projector": "svd"}, {"projector": "svd", "proj_type": "left"}],
     "sketch": [{"sketch": "plain"}, {"sketch": "half_power"}, {"sketch": "power"}],
@@ -59,7 +65,9 @@ OPTIONS = {
     "nonfinite": [{"nonfinite": "raise"}],
     "seed": [{"seed": 2**63 - 1}],
     "stochastic_rounding": [{"stochastic_rounding": True}],
-    "residual": [{"residual": "scaled"}, {"residual": "sign"}, {"residual": "feedback"}],
+    "residual": [
+        {"residual": mode} for mode in ("scaled", "sign", "normalized", "orthogonalized", "feedback")
+    ],
     "residual_scale": [{"residual": "sign", "residual_scale": 0.3}],
     "arithmetic": [{"arithmetic": "bitsandbytes"}, {"arithmetic": "galore_torch", "projector": "svd"}],
     "preset": [{"preset": "default"}, {"preset": "published"}, {"preset": "best"}],
