@@ -26,6 +26,7 @@ from galore_rrf.diagnostics import (
     named_states,
     squared_cosine,
 )
+from galore_rrf.options import SubspaceKeys, SubspaceOptions, resolve
 from galore_rrf.outcomes import Outcomes, Told
 from galore_rrf.param_groups import with_rank
 from galore_rrf.subspace import (
@@ -33,8 +34,6 @@ from galore_rrf.subspace import (
     RESIDUAL_STATES,
     RIGHT,
     SCHEMA_VERSION,
-    SubspaceKeys,
-    SubspaceOptions,
     as_matrices,
     bases_of,
     follow,
@@ -47,7 +46,6 @@ from galore_rrf.subspace import (
     rank_of,
     refresh,
     refreshed_in_step,
-    resolve,
     take_average,
     zero_moments,
 )
@@ -93,7 +91,7 @@ class GaLoreAdamW(AdamW):
         lr, betas, eps, weight_decay, amsgrad, maximize, foreach, capturable, differentiable, fused: as of
             `torch.optim.AdamW`; amsgrad and differentiable are errors where a group is projected, and
             foreach and fused concern plain parameters alone.
-        **subspace: defaults of the groups' subspace keys; see `galore_rrf.subspace.SubspaceOptions`.
+        **subspace: defaults of the groups' subspace keys; see `galore_rrf.options.SubspaceOptions`.
 
     Raises:
         ValueError, TypeError: naming the argument, its value and what is allowed.

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
-from galore_rrf.subspace import RefinementKeys
+from galore_rrf.options import RefinementKeys
 
 INCLUDE = ("attn", "attention", "mlp", "feed_forward", "experts")
 EXCLUDE = ("embed", "head", "norm")
@@ -37,7 +37,7 @@ def param_groups(
 
     Args:
         model: a module, or its named parameters.
-        rank: of the projected group; further keys of it in `keys` (`subspace.SubspaceOptions`).
+        rank: of the projected group; further keys of it in `keys` (`options.SubspaceOptions`).
         lr, plain_lr: learning rates of the projected and of the plain group; None: the optimizer's.
             They want tuning apart: plain AdamW groups like several times what projected ones do.
         include, exclude: parts of names.

@@ -23,11 +23,11 @@ from torch import Tensor
 
 from galore_rrf import moments, ops
 from galore_rrf.diagnostics import squared_cosine
+from galore_rrf.options import SubspaceOptions
 from galore_rrf.subspace import (
     BOTH,
     LEFT,
     STATE_KEYS,
-    SubspaceOptions,
     bases_of,
     compute_dtype,
     modes_of,

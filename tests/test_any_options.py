@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from training import bias, check_state, params_of, same, set_gradients, settled, snapshot, train
 
 from galore_rrf import GaLoreAdamW
-from galore_rrf.subspace import SubspaceOptions
+from galore_rrf.options import SubspaceOptions
 
 
 def every_second(progress):

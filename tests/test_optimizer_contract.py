@@ -29,7 +29,7 @@ from training import (
 )
 
 from galore_rrf import GaLoreAdamW
-from galore_rrf.subspace import SubspaceKeys
+from galore_rrf.options import SubspaceKeys
 
 pytestmark = pytest.mark.core
 

@@ -22,7 +22,7 @@ from training import (
 )
 
 from galore_rrf import GaLoreAdamW
-from galore_rrf.subspace import SubspaceOptions
+from galore_rrf.options import SubspaceOptions
 
 pytestmark = pytest.mark.core
 

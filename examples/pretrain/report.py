@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from galore_rrf.memory import MemoryEstimate, estimate
-from galore_rrf.subspace import resolve
+from galore_rrf.options import resolve
 from pretrain.config import OURS
 from pretrain.data.corpus import Corpus
 from pretrain.files import write_atomically

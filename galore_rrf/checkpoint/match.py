@@ -9,7 +9,11 @@ from typing import Any, NamedTuple
 from torch import Tensor
 from torch.optim import Optimizer
 
-from galore_rrf.subspace import SubspaceOptions, is_projected, matrix_ids
+from galore_rrf.options import SubspaceOptions
+from galore_rrf.subspace import (
+    is_projected,
+    matrix_ids,
+)
 
 
 class Match(NamedTuple):

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from galore_rrf import moments
+from galore_rrf.options import SubspaceOptions, resolve
 from galore_rrf.schedule import MEASURES
 from galore_rrf.subspace import (
     BOTH,
@@ -21,7 +22,6 @@ from galore_rrf.subspace import (
     SCHEMA_VERSION,
     STATE_KEYS,
     TUCKER,
-    SubspaceOptions,
     bases_of,
     compute_dtype,
     is_projected,
@@ -29,7 +29,6 @@ from galore_rrf.subspace import (
     modes_of,
     option_shapes,
     projected_shape,
-    resolve,
     state_shapes,
 )
 

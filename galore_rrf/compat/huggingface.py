@@ -11,8 +11,8 @@ from transformers.training_args import OptimizerNames
 from typing_extensions import Unpack
 
 from galore_rrf.optimizer import GaLoreAdamW
+from galore_rrf.options import RefinementKeys, resolve
 from galore_rrf.param_groups import EXCLUDE, INCLUDE, param_groups
-from galore_rrf.subspace import RefinementKeys, resolve
 
 
 def galore_optimizer(

@@ -14,7 +14,7 @@ import torch
 
 from galore_rrf.memory.chart import draw, unit
 from galore_rrf.memory.estimate import MemoryEstimate, estimate
-from galore_rrf.subspace import resolve
+from galore_rrf.options import resolve
 
 _COLUMNS = (
     ("weights", "weights"),

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from galore_rrf.memory.activations import llama_activations
+from galore_rrf.options import SubspaceOptions
 from galore_rrf.param_groups import EXCLUDE, INCLUDE, NamedParameter, param_groups
 from galore_rrf.subspace import (
     LEFT,
     OPTION_TENSORS,
     RIGHT,
     TUCKER,
-    SubspaceOptions,
     as_matrices,
     bases_of,
     compute_dtype,

@@ -11,7 +11,7 @@ from pretrain.command_line import checked, merged, parse, read_yaml, to_yaml
 from pretrain.config import Config, OptimizerConfig
 from pretrain.errors import UserError
 
-from galore_rrf import subspace
+import galore_rrf.options
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
@@ -189,10 +189,10 @@ def test_options_of_the_subspace_can_be_trained_with():
         "stochastic_rounding",
         "arithmetic",
     }
-    options = {field.name for field in dataclasses.fields(subspace.SubspaceOptions)} - of_no_use
+    options = {field.name for field in dataclasses.fields(galore_rrf.options.SubspaceOptions)} - of_no_use
     config = OptimizerConfig()
     assert options <= config._GROUP_KEYS.keys()
-    for key, allowed in {**subspace._CHOICES, "preset": tuple(subspace.PRESETS)}.items():
+    for key, allowed in {**galore_rrf.options._CHOICES, "preset": tuple(galore_rrf.options.PRESETS)}.items():
         if key in options:
             for value in set(allowed) - {"full", "tucker"}:  # for convolutions, and for galore_torch's users
                 config = OptimizerConfig(**{key: value})

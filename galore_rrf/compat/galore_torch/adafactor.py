@@ -13,19 +13,18 @@ from galore_rrf import tucker
 from galore_rrf.checkpoint import check_sizes, completed_groups
 from galore_rrf.checkpoint.schema import INTS, check_step, check_tensor, copied, step_tensor
 from galore_rrf.compat.galore_torch.published import PUBLISHED
+from galore_rrf.options import SubspaceOptions, resolve
 from galore_rrf.schedule import is_due
 from galore_rrf.subspace import (
     BOTH,
     LEFT,
     RIGHT,
     SCHEMA_VERSION,
-    SubspaceOptions,
     as_matrices,
     compute_dtype,
     find_each,
     matrix_ids,
     rank_of,
-    resolve,
     side_of,
     state_shapes,
 )

@@ -8,7 +8,7 @@ import torch
 
 from galore_rrf import optimizer
 from galore_rrf.compat.galore_torch.published import PUBLISHED
-from galore_rrf.subspace import SubspaceKeys
+from galore_rrf.options import SubspaceKeys
 
 
 class GaLoreAdamW(optimizer.GaLoreAdamW):
@@ -16,7 +16,7 @@ class GaLoreAdamW(optimizer.GaLoreAdamW):
 
     Groups with `rank` (and `update_proj_gap`, `scale`, `proj_type`; by default 200, .25, ``"std"``) are
     projected, with moments in fp32 whatever the dtype of the weights; all others are plain AdamW in that
-    package's arithmetic.  Further keys of a projected group: `galore_rrf.subspace.SubspaceOptions`;
+    package's arithmetic.  Further keys of a projected group: `galore_rrf.options.SubspaceOptions`;
     ``projector="range_finder"`` takes the place of the SVD.
 
     Args:

@@ -1,0 +1,244 @@
+"""The options of a group's subspace: keys, presets, and what goes together."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, TypedDict
+
+import torch
+
+from galore_rrf.schedule import SCHEDULES, Due
+
+
+class RefinementKeys(TypedDict, total=False):
+    """The keys of a projected group beside its rank."""
+
+    update_proj_gap: int | Due
+    schedule: str
+    basis_from: str
+    scale: float
+    proj_type: str
+    projector: str
+    sketch: str
+    power: int
+    oversampling: int
+    moments: str
+    refresh_at: str
+    tolerance: float | None
+    min_rank: int | None
+    nonfinite: str
+    seed: int
+    stochastic_rounding: bool
+    residual: str
+    residual_scale: float
+    arithmetic: str
+    state_dtype: torch.dtype | None
+    preset: str | None
+
+
+class SubspaceKeys(RefinementKeys, total=False):
+    """The keys of a parameter group, and keywords of the optimizer, that concern the subspace."""
+
+    rank: int | None
+
+
+PRESETS: dict[str, SubspaceKeys] = {
+    "default": {},
+    "published": {
+        "update_proj_gap": 200,
+        "scale": 0.25,
+        "moments": "keep",
+        "sketch": "half_power",
+        "oversampling": 8,
+    },
+    "best": {"residual": "normalized", "residual_scale": 1.2},
+}
+
+_CHOICES = {
+    "schedule": SCHEDULES,
+    "basis_from": ("gradient", "average", "momentum"),
+    "proj_type": ("std", "reverse_std", "left", "right", "full", "tucker"),
+    "projector": ("range_finder", "svd"),
+    "sketch": ("warm", "plain", "half_power", "power"),
+    "moments": ("rotate", "keep", "reset"),
+    "refresh_at": ("start", "end"),
+    "nonfinite": ("skip", "raise"),
+    "residual": ("drop", "scaled", "sign", "normalized", "orthogonalized", "feedback"),
+    "arithmetic": ("torch", "galore_torch", "bitsandbytes"),
+    "state_dtype": (None, torch.float32, torch.bfloat16, torch.uint8),
+}
+
+
+# What proj_type="full" and "tucker" do not have.
+_OF_ONE_SIDE = ("stochastic_rounding", "residual", "tolerance", "basis_from")
+
+
+def _invalid(name: str, value: object, allowed: str, kind: type[Exception] = ValueError) -> Exception:
+    return kind(f"Invalid {name}: {value!r} (must be {allowed})")
+
+
+def _check_int(name: str, value: object, least: int, allowed: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise _invalid(name, value, allowed, TypeError)
+    if value < least:
+        raise _invalid(name, value, allowed)
+
+
+def _check_number(name: str, value: object, valid: Any, allowed: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise _invalid(name, value, allowed, TypeError)
+    if not valid(value):
+        raise _invalid(name, value, allowed)
+
+
+@dataclass(frozen=True)
+class SubspaceOptions:
+    """The subspace of a group's parameters.
+
+    Attributes:
+        rank: columns of the basis; None: the group is plain AdamW.  With `tolerance` the cap.
+        update_proj_gap: steps from one refresh to the next; 1: every step.  Or a callable that is asked before
+            each step of each parameter whether it is to be refreshed (`galore_rrf.schedule.Progress`); no part of
+            a state dict, where 0 stands for it.
+        schedule: ``"fixed"``: refreshes of all parameters at once; ``"staggered"``: as often, but spread over
+            the parameters by cost, so that no step stalls; ``"adaptive"``: of each parameter twice as far apart
+            while its basis hardly turns, up to 16 times, and half as far while it turns a lot (`galore_rrf.schedule`).
+        basis_from: what the subspace is found of: the ``"gradient"``; an exponential ``"average"`` of gradients
+            (beta1), kept beside the moments at the size and in the dtype of the weight; ``"momentum"``: the first
+            moment after this step, b1 Q M + (1 - b1) G.  What is projected is the gradient in any case.
+        scale: factor on the update, GaLore's alpha.
+        proj_type: ``"std"`` projects the shorter side (right where m >= n), ``"reverse_std"`` the longer;
+            ``"right"``, ``"left"``; ``"full"`` both, R = P^T G Q (`tucker`); ``"tucker"``: parameters with
+            four dimensions or more (convolutions; others as with ``"std"``) in each mode that is longer than
+            the rank, and so is the product of the others.
+        projector: ``"range_finder"``, or ``"svd"`` (exact, for comparison).
+        sketch: of the range finder: ``"warm"`` starts from the previous basis, ``"plain"``,
+            ``"half_power"``, ``"power"`` from a Gaussian test matrix.
+        power: power steps of ``sketch="power"``.
+        oversampling: columns sketched beyond the rank and cut off again.
+        moments: at a refresh, ``"rotate"`` into the new basis, ``"keep"`` as they are (published) or ``"reset"``
+            to zero, their count of steps (``state["step"]``) too.
+        refresh_at: whether a new basis serves in the step that finds it (``"start"``) or from the next one on
+            (``"end"``): a warm start then needs one more product with the gradient, not three.
+        tolerance: at each refresh, the smallest multiple of 8 as rank whose relative residual is within it,
+            by half power sketches whatever `sketch` says.
+        min_rank: the least rank with `tolerance`; like the cap it need be no multiple of 8.
+        nonfinite: a gradient with NaN or infinity leaves its matrix alone (``"skip"``) or, before anything
+            is written, raises FloatingPointError (``"raise"``).
+        seed: of all test matrices, and of rounding.
+        stochastic_rounding: of projected weights in bf16 and fp16, up or down so that the mean is right:
+            steps much smaller than the distance of two numbers still add up.
+        residual: what is done with the gradient's part outside the subspace, E = G - Q R: ``"drop"``
+            (published); ``"scaled"``, every column as the subspace's share of it is scaled by Adam, its growth
+            limited (Fira), a number of state; ``"sign"``, the sign of every entry (FRUGAL), no state;
+            ``"normalized"``, its columns and rows divided by their root mean squares in turn (SinkGD), no state;
+            ``"orthogonalized"``, with its singular values made equal (Muon's step, without momentum), no state;
+            ``"feedback"``, added to the next gradient (LDAdam), which needs a tensor as large as the weight.
+        residual_scale: factor on the residual's step, beside 1 for the step within the subspace.  With
+            ``"sign"`` every entry of a weight moves by ``lr * scale * residual_scale``, with ``"normalized"`` in
+            the root mean square.  With ``"feedback"`` factor on what is fed back.
+        arithmetic: ``"torch"``: torch.optim.AdamW's; ``"galore_torch"``: that package's (eps on the
+            uncorrected root, decay last, exact SVD in fp32); ``"bitsandbytes"``: decay last.  Concerns plain
+            parameters too.
+        state_dtype: of the moments, those of plain parameters included: ``torch.float32``, ``torch.bfloat16``
+            or ``torch.uint8``, 8-bit codes with an fp32 scale for every 256 entries; None: fp32 (fp64 for
+            fp64 weights) where projected, as torch does where plain.
+        preset: ``"default"``, ``"published"``, ``"best"`` (uses the residual): a set of the above that
+            explicit keys override.
+    """
+
+    rank: int | None = None
+    update_proj_gap: int | Due = 10
+    schedule: str = "fixed"
+    basis_from: str = "gradient"
+    scale: float = 1.0
+    proj_type: str = "std"
+    projector: str = "range_finder"
+    sketch: str = "warm"
+    power: int = 1
+    oversampling: int = 0
+    moments: str = "rotate"
+    refresh_at: str = "start"
+    tolerance: float | None = None
+    min_rank: int | None = None
+    nonfinite: str = "skip"
+    seed: int = 0
+    stochastic_rounding: bool = False
+    residual: str = "drop"
+    residual_scale: float = 1.0
+    arithmetic: str = "torch"
+    state_dtype: torch.dtype | None = None
+    preset: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.rank is not None:
+            _check_int("rank", self.rank, 1, "a positive integer or None")
+        if not callable(self.update_proj_gap):
+            _check_int("update_proj_gap", self.update_proj_gap, 1, "a positive integer or a callable")
+        elif self.schedule != "fixed":
+            raise ValueError(
+                f"schedule={self.schedule!r} goes with an integer update_proj_gap, got {self.update_proj_gap!r}"
+            )
+        _check_int("power", self.power, 0, "an integer, not negative")
+        _check_int("oversampling", self.oversampling, 0, "an integer, not negative")
+        _check_int("seed", self.seed, 0, "an integer from 0 to 2**63 - 1")
+        if self.seed >= 2**63:
+            raise _invalid("seed", self.seed, "an integer from 0 to 2**63 - 1")
+        _check_number("scale", self.scale, math.isfinite, "a finite number")
+        if not isinstance(self.stochastic_rounding, bool):
+            raise _invalid("stochastic_rounding", self.stochastic_rounding, "True or False", TypeError)
+        _check_number("residual_scale", self.residual_scale, math.isfinite, "a finite number")
+        for name in _OF_ONE_SIDE if self.proj_type in ("full", "tucker") else ():
+            if getattr(self, name) != getattr(SubspaceOptions, name):
+                raise ValueError(
+                    f"{name} goes with a projection of one side, got {name}={getattr(self, name)!r} and "
+                    f"proj_type={self.proj_type!r}"
+                )
+        if self.tolerance is not None:
+            _check_number("tolerance", self.tolerance, lambda x: 0 < x < 1, "between 0 and 1, or None")
+            if self.projector != "range_finder" or self.moments == "keep":
+                raise ValueError(
+                    f"tolerance goes with projector='range_finder' and moments='rotate' or 'reset' (ranks change), "
+                    f"got {self.projector!r} and {self.moments!r}"
+                )
+        if self.min_rank is not None:
+            _check_int("min_rank", self.min_rank, 1, "a positive integer or None")
+            if self.tolerance is None:
+                raise ValueError(f"min_rank goes with tolerance, got {self.min_rank} and None")
+            if self.rank is not None and self.min_rank > self.rank:
+                raise ValueError(
+                    f"min_rank must be at most rank, the cap, got {self.min_rank} and {self.rank}"
+                )
+        if self.residual == "feedback" and self.refresh_at == "end":
+            raise ValueError("residual='feedback' goes with refresh_at='start', got 'end'")
+        if self.moments == "reset":
+            if self.refresh_at == "end":
+                raise ValueError("moments='reset' goes with refresh_at='start', got 'end'")
+            if self.stochastic_rounding:
+                raise ValueError(
+                    "stochastic_rounding, whose random numbers go by the count of steps, goes with "
+                    "moments='rotate' or 'keep', got 'reset'"
+                )
+        for name, allowed in _CHOICES.items():
+            if getattr(self, name) not in allowed:
+                raise _invalid(name, getattr(self, name), "one of " + ", ".join(map(repr, allowed)))
+
+    @classmethod
+    def of(cls, group: Mapping[str, Any]) -> SubspaceOptions:
+        return cls(**{f.name: group[f.name] for f in fields(cls) if f.name in group})
+
+
+def resolve(keys: Mapping[str, Any], defaults: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """All subspace keys: those given, then those of a preset given with them, then `defaults`."""
+    names = [f.name for f in fields(SubspaceOptions)]
+    explicit = {name: keys[name] for name in names if name in keys}
+    preset = explicit.get("preset")
+    if preset is not None and preset not in PRESETS:
+        raise _invalid("preset", preset, "one of " + ", ".join(map(repr, PRESETS)) + " or None")
+    base = {name: value for name, value in (defaults or {}).items() if name in names}
+    if preset is not None:
+        base = {"rank": base.get("rank")}
+    options = SubspaceOptions(**{**base, **PRESETS.get(preset or "default", {}), **explicit})
+    return {name: getattr(options, name) for name in names}  # asdict would copy a callable
