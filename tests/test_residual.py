@@ -252,6 +252,28 @@ def test_normalized_rows_and_columns(device, dtype, strides):
             assert float((scales - rank_one)[clear].abs().max()) < (1e-8 if dtype == torch.float64 else 0.02)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("residual", ["sign", "normalized", "orthogonalized"])
+def test_length_is_not_the_gradients(device, residual, dtype):
+    """Guards against a step of the residual that vanishes or is not finite where squares of the gradient's
+    entries leave fp32: its length is residual_scale's at any scale."""
+    steps = []
+    for exponent in (0, -110, -80, 80, 110):
+        plain = State(PARTS, dtype, device=device)
+        for w in plain.params:
+            w.zero_()  # so that no sum is rounded
+        state = plain.copy()
+        grads = [g * 2.0**exponent for g in plain.grads(0)]
+        plain.step(projected_adamw_, grads, 0)
+        state.step(projected_adamw_, grads, 0, residual=residual)
+        pairs = zip(state.params, plain.params, strict=True)
+        steps.append([(w - v).double() for w, v in pairs])
+    accuracy = 1e-2 if dtype == torch.bfloat16 else 1e-5
+    for others in steps[1:]:
+        for one, other in zip(steps[0], others, strict=True):
+            assert float((one - other).norm()) < accuracy * float(one.norm())
+
+
 @pytest.mark.parametrize("size", [1e-20, 1.0, 1e20])
 def test_normalized_leaves_rounding_alone(device, size):
     """Guards against rounding blown up to a step: a gradient within the subspace has no residual, at any scale."""

@@ -38,10 +38,8 @@ at::Tensor inverse(const at::Tensor& norms, const at::Tensor& like) {
 
 }  // namespace
 
-at::Tensor orthogonalized(const at::Tensor& stack) {
-  const bool wide = stack.size(1) <= stack.size(2);
-  // Scaled twice: by its own norm, in whose square small entries vanish, then by the bound.
-  const at::Tensor x = stack.mul(inverse(norms_of(stack), stack));
+at::Tensor orthogonalized(const at::Tensor& x) {
+  const bool wide = x.size(1) <= x.size(2);
   const at::Tensor gram = wide ? product(x, x.mT()) : product(x.mT(), x);
   const at::Tensor bounds = norms_of(gram);
   const at::Tensor first = gram.mul(inverse(bounds, gram));

@@ -78,6 +78,12 @@ class Tiles {
 // Of fp32 and fp64.
 double roundoff(const at::Tensor& a) { return a.scalar_type() == at::kDouble ? 0x1p-53 : 0x1p-24; }
 
+// One over the roots of squared norms (fp64) in a dtype, 0 where there is not `some`.
+at::Tensor inverse_roots(const at::Tensor& squares, const at::Tensor& some, at::ScalarType dtype) {
+  constexpr double kMost = 1e37;  // within fp32
+  return at::where(some, squares.rsqrt().clamp_max_(kMost), 0.0).to(dtype);
+}
+
 // Whether memory follows the columns of the left form.
 bool is_turned(const at::Tensor& matrix) { return matrix.stride(0) < matrix.stride(1); }
 
@@ -126,8 +132,8 @@ class Normalized {
     const auto entries = static_cast<double>(grads.front().numel());
     const at::Tensor inside = at::empty({x.projected.size(0)}, lengths_.options().dtype(at::kDouble));
     kernels_for(inside).squared_norms(inside, x.projected);
-    const auto height = static_cast<double>(grads.front().size(0));
     least_ = inside.mul_(64 * u * 64 * u / entries).view({-1, 1, 1});
+    const auto all_rows = static_cast<double>(grads.front().size(0));
     for (int i = 0; i < kNormalizations; ++i) {
       const bool rows = i > 0 || rows_first_;
       const at::Tensor sums = at::zeros(columns_.sizes(), least_.options());
@@ -137,8 +143,8 @@ class Normalized {
         if (rows) normalize_rows_(tile, first, start, i == 0);
         kernels_for(tile).add_squares_(sums.narrow(0, first, count).squeeze(1), each(tile), 0);
       });
-      sums.div_(height);
-      columns_.mul_(rows ? scales(sums) : scales(sums, least_));
+      sums.div_(all_rows);
+      columns_.mul_(inverse_roots(sums, rows ? sums.gt(0) : sums.gt(least_), columns_.scalar_type()));
     }
   }
 
@@ -174,15 +180,9 @@ class Normalized {
     kernels_for(tile).add_squares_(sums.squeeze(2), each(tile), 1);
     sums.div_(static_cast<double>(tile.size(2)));
     at::Tensor rows = rows_.narrow(0, first, count).narrow(1, start, height);
-    rows.copy_(raw ? scales(sums, least_.narrow(0, first, count)) : scales(sums));
+    const at::Tensor some = raw ? sums.gt(least_.narrow(0, first, count)) : sums.gt(0);
+    rows.copy_(inverse_roots(sums, some, rows.scalar_type()));
     at::Tensor(tile).mul_(rows);
-  }
-
-  // One over the roots of mean squares; 0 where those are no more than `least`.
-  at::Tensor scales(const at::Tensor& means, const std::optional<at::Tensor>& least = {}) const {
-    constexpr double kMost = 1e37;  // within fp32
-    const at::Tensor some = least ? means.gt(*least) : means.gt(0);
-    return at::where(some, means.rsqrt().clamp_max_(kMost), 0.0).to(columns_.scalar_type());
   }
 
   const Matrices& grads_;
@@ -207,10 +207,12 @@ at::Tensor orthogonalized_residual(const WeightStep& x, const Matrices& grads, a
   kernels_for(e).squared_norms(inside, x.projected);
   kernels_for(e).squared_norms(outside, e);
   const double least = 64 * roundoff(e);
-  at::Tensor(e).masked_fill_(outside.le(inside.mul_(least * least)).view({-1, 1, 1}), 0);
+  const at::Tensor some = outside.gt(inside.mul_(least * least));
+  const auto of_matrix = [&](const at::Tensor& t) { return t.to(e.scalar_type()).view({-1, 1, 1}); };
+  at::Tensor(e).mul_(of_matrix(inverse_roots(outside, some, e.scalar_type())));
   // Products of half precision where those are fast.
   const at::Tensor narrow = dtype == e.scalar_type() ? e : e.to(at::kBFloat16);
-  return orthogonalized(narrow).to(e.scalar_type()).mul_(x.lengths.to(e.scalar_type()).view({-1, 1, 1}));
+  return orthogonalized(narrow).to(e.scalar_type()).mul_(of_matrix(x.lengths));
 }
 
 }  // namespace
