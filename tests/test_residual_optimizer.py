@@ -1,6 +1,9 @@
 """`residual` of the optimizer: its keys, its states, refreshes made elsewhere, and memory."""
 
 import math
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -75,6 +78,46 @@ def test_nothing_as_large_as_a_weight(device, threads, residual, matrices, dtype
     # R and what it is made of, the tile and its operands; half precision cast.
     assert peaks[1] <= peaks[0] + 2 * projected + 3 * tile + matrices * 1.01 * whole
     assert whole > 4 * projected + 8 * tile
+
+
+OUT_OF_MEMORY = """
+import resource, sys, torch
+from galore_rrf import GaLoreAdamW
+torch.set_num_threads(1)
+start, grad = torch.zeros(200_000, 64), torch.randn(200_000, 64, generator=torch.Generator().manual_seed(0))
+steps = []
+for gap, headroom in ((2, int(sys.argv[1])), (99, None)):
+    w = torch.nn.Parameter(start.clone())
+    w.grad = grad
+    opt = GaLoreAdamW([{"params": [w], "rank": 32, "update_proj_gap": gap, "residual": "feedback"}])
+    opt.step()
+    opt.step()
+    used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+    limit = resource.getrlimit(resource.RLIMIT_AS)
+    if headroom:
+        resource.setrlimit(resource.RLIMIT_AS, (used + headroom * 2**20, limit[1]))
+    opt.step()
+    resource.setrlimit(resource.RLIMIT_AS, limit)
+    state = opt.state[w]
+    steps.append([w.detach(), *(state[name] for name in ("exp_avg", "exp_avg_sq", "basis", "error"))])
+    print(state["refreshes"])
+print(*(torch.equal(a, b) for a, b in zip(*steps)))
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits the address space as Linux does")
+def test_rotation_without_memory_to_feed_back_changes_nothing():
+    """Guards against moments in the new subspace beside the old basis, where memory runs out between the two.
+
+    The ordinary step needs gradient and error together, 49 MiB, and the projected gradient three times, 73 MiB; a
+    rotation first moments old and new, and before them what is moved: 170 MiB.
+    """
+    command = [sys.executable, "-c", OUT_OF_MEMORY, "150"]
+    # Whatever is freed goes back, so that the limit is one.
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["1", "1", *5 * ["True"]]
 
 
 @pytest.mark.parametrize("keys", [{}, {"tolerance": 0.5}, {"projector": "svd"}, {"state_dtype": torch.uint8},

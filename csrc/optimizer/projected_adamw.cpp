@@ -420,8 +420,9 @@ class Step {
       const at::NoTF32Guard no_tf32;
       const at::Tensor s = to.bases.mT().matmul(stacked(x.bases, to.bases.scalar_type()));
       const at::Tensor moving = at::logical_and(to.ok, to.known);
+      const at::Tensor cosines = turn.defined() ? mean_squared_cosines(s, moving) : at::Tensor();
       if (rotating) rotate(x, to.bases, s, moving, stepped);
-      if (turn.defined()) measure_turn(turn, s, moving);
+      if (turn.defined()) at::Tensor(turn).copy_(cosines);
     }
     if (projection_.moments == Moments::reset) zero_moments(x, to.ok);
     at::_foreach_copy_(x.bases, each(bases));
@@ -435,9 +436,11 @@ class Step {
     if (known_to_be(false, active, asynchronous_)) return;
     const at::Tensor corrections = at::stack(
         {at::pow(adamw_.beta1, steps).neg_().add_(1), at::pow(adamw_.beta2, steps).neg_().add_(1)}, 1);
-    // A single moment of this dtype that is known to move is rotated where it lies.
+    // A single moment of this dtype that is known to move is rotated where it lies; not before what it loses
+    // has been fed back, for which memory may run out.
     const at::ScalarType dtype = s.scalar_type();
-    const bool in_place = x.count() == 1 && known_to_be(true, active, asynchronous_) &&
+    const bool feeds_back = projection_.residual == Residual::feedback;
+    const bool in_place = x.count() == 1 && !feeds_back && known_to_be(true, active, asynchronous_) &&
                           x.exp_avgs.front().values.scalar_type() == dtype;
     const auto loaded = [&](const StoredMoments& moments, MomentKind kind) {
       if (in_place) return moments.front().values.unsqueeze(0);
@@ -447,10 +450,12 @@ class Step {
     };
     const at::Tensor mean = loaded(x.exp_avgs, MomentKind::exp_avg);
     const at::Tensor square = loaded(x.exp_avg_sqs, MomentKind::exp_avg_sq);
-    const bool feeds_back = projection_.residual == Residual::feedback;
-    const at::Tensor old_mean = feeds_back ? mean.clone() : at::Tensor();
+    const at::Tensor two_means = feeds_back ? at::cat({mean, mean}, 1) : at::Tensor();
     rotate_moments_out(mean, square, mean, square, s, corrections);
-    if (feeds_back) feed_back_momentum(x, bases, old_mean, mean, active);
+    if (feeds_back) {
+      two_means.narrow(1, s.size(2), s.size(1)).copy_(mean);
+      feed_back_momentum(x, bases, two_means, active);
+    }
     if (in_place) return;
     const at::Tensor flags = active.to(at::kByte);
     kernels_for(mean).store_moments(x.exp_avgs, mean, MomentKind::exp_avg, flags);
@@ -458,23 +463,24 @@ class Step {
   }
 
   // What the first moment loses by rotation is fed back: to the effect of all steps to come it would have
-  // added beta1 / (1 - beta1) times itself.
-  void feed_back_momentum(const Group& x, const at::Tensor& bases, const at::Tensor& old_mean,
-                          const at::Tensor& new_mean, const at::Tensor& active) const {
+  // added beta1 / (1 - beta1) times itself.  means: the old over the new (B x 2r x l), overwritten.
+  void feed_back_momentum(const Group& x, const at::Tensor& bases, at::Tensor means,
+                          const at::Tensor& active) const {
     const double sign = adamw_.maximize ? -1 : 1;  // of the moment, beside the gradient's
     const double share = sign * projection_.residual_scale * adamw_.beta1 / (1 - adamw_.beta1);
     const at::Tensor idle = active.logical_not().view({-1, 1, 1});
     // One product, and what is in half precision is rounded once.
     const at::Tensor old_bases = at::stack(x.bases);
-    const at::Tensor both = at::cat({old_bases, bases.to(old_bases.scalar_type())}, 2);
-    add_products_(x.grads, each(both),
-                  at::cat({old_mean, new_mean.neg()}, 1).mul_(share).masked_fill_(idle, 0));
+    const at::Tensor both = at::cat({old_bases, bases.to(old_bases.scalar_type()).neg()}, 2);
+    add_products_(x.grads, each(both), means.mul_(share).masked_fill_(idle, 0));
   }
 
-  // ||S||_F^2 / r, of orthonormal bases the mean squared cosine of the angles between them, where `moving`.
-  static void measure_turn(at::Tensor turn, const at::Tensor& s, const at::Tensor& moving) {
-    kernels_for(s).squared_norms(turn, s.contiguous());
-    turn.div_(s.size(1)).masked_fill_(moving.logical_not(), kNaN);
+  // ||S||_F^2 / r, of orthonormal bases the mean squared cosine of the angles between them, fp64 [B]; NaN
+  // where not `moving`.
+  static at::Tensor mean_squared_cosines(const at::Tensor& s, const at::Tensor& moving) {
+    at::Tensor result = at::empty({s.size(0)}, s.options().dtype(at::kDouble));
+    kernels_for(s).squared_norms(result, s.contiguous());
+    return result.div_(s.size(1)).masked_fill_(moving.logical_not(), kNaN);
   }
 
   // The steps that the moments have seen.
