@@ -310,7 +310,7 @@ def projected_adamw_(
                     but rounding
         "orthogonalized"  N's product + residual_scale S, S = E with its singular values about equal, by two steps
                     of Newton-Schulz iteration (Muon, Jordan et al. 2024), its entries in the root mean square
-                    1 at most; 0 where E is but rounding; three m x n temporaries a matrix in flight
+                    1 at most; 0 where E is but rounding; two m x n temporaries a matrix in flight
         "scaled"    N's product + residual_scale S, S = E with each column times ||N_j|| / ||R_j|| (right: row),
                     0 where R_j = 0; S is shortened to 1.01 times the length of the last (Fira, arXiv 2410.01623)
         "feedback"  G + residual_scale * the last step's E in the place of G; what a rotation of the first

@@ -471,7 +471,8 @@ class Step {
     const at::Tensor idle = active.logical_not().view({-1, 1, 1});
     // One product, and what is in half precision is rounded once.
     const at::Tensor old_bases = at::stack(x.bases);
-    const at::Tensor both = at::cat({old_bases, bases.to(old_bases.scalar_type()).neg()}, 2);
+    const at::Tensor both = at::cat({old_bases, bases.to(old_bases.scalar_type())}, 2);
+    both.narrow(2, old_bases.size(2), bases.size(2)).neg_();
     add_products_(x.grads, each(both), means.mul_(share).masked_fill_(idle, 0));
   }
 

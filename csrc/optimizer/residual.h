@@ -41,7 +41,7 @@ struct RowRounding {
 
 // W <- decay W + Q N, + lengths times E's signs, E normalized or orthogonalized or + G diag(scales), a tile
 // of rows at a time, E = G - Q R made anew in each pass: beside the tile nothing as large as a weight is made
-// but to orthogonalize E, which takes three such.  Nobody waits for a device.
+// but to orthogonalize E, which takes two such.  Nobody waits for a device.
 void add_by_tiles_(const WeightStep& x, const std::optional<RowRounding>& rounding);
 
 // Fira's residual.  directions: N without lengths; `norms` (fp32 scalars) keep the norm of the last residual

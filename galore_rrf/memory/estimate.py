@@ -338,11 +338,13 @@ def _residual_workspace(p: Tensor, state: Mapping[str, Any], residual: str) -> i
     if residual == "feedback":
         in_tiles = min(_TILE, entries) if half else 0
         kept = 3 * long + cast + in_tiles  # the projected gradient, the step, the former negated
-        rotated = 5 * long + 4 * short + rank**2 + in_tiles + cast // 2  # what rotation loses, as one product
+        lost = 4 * short + rank**2 + in_tiles + cast // 2  # what rotation loses, as one product
+        moved = short + 2 * rank**2 + 4 * rank * min(_ROTATED, length)
+        rotated = 5 * long + max(lost, moved)  # moments, and the first of them before and after
         return _fed(p, residual) // matrix_count(p) + size * max(kept, rotated)
     step = size * (2 * long + cast)  # the projected gradient beside the step
     if residual == "orthogonalized":
-        return step + size * (3 * entries + 5 * min(side, length) ** 2 + tile)
+        return step + size * (2 * entries + 5 * min(side, length) ** 2 + tile)
     if residual == "normalized":
         columns = as_matrices(p).shape[-1]  # scales of these, and what they are made of, partly in fp64
         return step + size * long + max(size * (tiles + columns), size * tile + 33 * columns)
