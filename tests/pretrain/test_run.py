@@ -136,7 +136,7 @@ def test_state_of_the_matrices(folder, name):
 
 def test_ranks_by_tolerance(folder):
     """Guards against ranks that are not logged as the optimizer has them."""
-    config = tiny(folder, "ranks", optimizer={"tolerance": 0.5, "rank": 16, "update_proj_gap": 2})
+    config = tiny(folder, "ranks", optimizer={"tolerance": 0.05, "rank": 16, "update_proj_gap": 2})
     run(config, resume=False)
     ranks = {line["step"]: line["ranks"] for line in metrics(config.out) if "ranks" in line}
     last = ranks[max(ranks)]
