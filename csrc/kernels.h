@@ -2,7 +2,7 @@
 // once over ATen and this table; csrc/cpu fills it for the CPU, csrc/cuda for CUDA.
 //
 // A stack holds B matrices of one shape, (B, ...); a list has B tensors.  Every kernel is enqueued on the
-// current stream of its tensors' device, and none waits for the device but squared_norm.
+// current stream of its tensors' device, and none waits for the device.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -33,9 +33,6 @@ struct Kernels {
   // sums[b] <- the sum of squares of a[b], in fp64; a: a stack in fp32 or fp64, each matrix dense; sums: fp64
   // [B].  The same bits for every thread count.
   void (*squared_norms)(const at::Tensor& sums, const at::Tensor& a);
-
-  // Of a dense fp32 or fp64 tensor; waits for it.
-  double (*squared_norm)(const at::Tensor& a);
 
   // flags[b] <- whether every entry of a[b] is finite; a as above; flags: uint8 [B].
   void (*all_finite)(const at::Tensor& flags, const at::Tensor& a);

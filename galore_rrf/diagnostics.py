@@ -141,13 +141,19 @@ class Observations:
         )
 
 
+def names_of(index: int, group: Mapping[str, Any]) -> dict[Tensor, str]:
+    """What the parameters of a group are called, by their names or places."""
+    params = group["params"]
+    names = group.get("param_names") or [f"group {index}, parameter {j}" for j in range(len(params))]
+    return dict(zip(params, names, strict=True))
+
+
 def named_states(
     groups: Sequence[Mapping[str, Any]], states: Mapping[Tensor, dict[str, Any]]
 ) -> Iterator[tuple[str, Tensor, dict[str, Any]]]:
     """The projected parameters that have a state."""
     for i, group in enumerate(groups):
-        names = group.get("param_names") or [f"group {i}, parameter {j}" for j in range(len(group["params"]))]
-        for name, p in zip(names, group["params"], strict=True):
+        for p, name in names_of(i, group).items():
             if "refreshes" in states.get(p, ()):
                 yield name, p, states[p]
 

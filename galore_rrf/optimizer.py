@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import time
-import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from difflib import get_close_matches
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -19,11 +17,21 @@ from torch.utils.hooks import RemovableHandle
 from typing_extensions import Unpack
 
 from galore_rrf import checkpoint, moments, ops, schedule, tucker
+from galore_rrf.checks import (
+    check_finite,
+    check_gradients,
+    check_group,
+    check_states,
+    check_torchs_alone,
+    did_you_mean,
+    gradient_of,
+)
 from galore_rrf.diagnostics import (
     Observations,
     RefreshHook,
     SubspaceRecord,
     named_states,
+    names_of,
     squared_cosine,
 )
 from galore_rrf.options import SubspaceKeys, SubspaceOptions, resolve
@@ -50,7 +58,6 @@ from galore_rrf.subspace import (
     zero_moments,
 )
 
-_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)  # of which our own steps can be taken
 # What a CUDA graph can capture of projected groups.
 _CAPTURED: dict[str, tuple[Any, ...]] = {
     "tolerance": (None,),
@@ -65,7 +72,6 @@ _CAPTURED: dict[str, tuple[Any, ...]] = {
 _NO_STATE = (
     "no step can be captured in a CUDA graph before there are states: take some first, also after loading"
 )
-_OFTEN = 50  # below this interval kept moments do harm
 
 
 class _Refreshed(NamedTuple):
@@ -117,7 +123,7 @@ class GaLoreAdamW(AdamW):
     ) -> None:
         for key in subspace:
             if key not in SubspaceKeys.__annotations__:
-                raise TypeError(f"GaLoreAdamW got an unexpected keyword argument {key!r}{_did_you_mean(key)}")
+                raise TypeError(f"GaLoreAdamW got an unexpected keyword argument {key!r}{did_you_mean(key)}")
         self._subspace_defaults = resolve(subspace)
         self._outcomes = Outcomes()
         self._observations = Observations()
@@ -144,8 +150,8 @@ class GaLoreAdamW(AdamW):
         if not isinstance(param_group, dict):
             raise TypeError(f"param_group must be a dict, but got {type(param_group)}")
         for key in param_group:
-            if key not in SubspaceKeys.__annotations__ and _did_you_mean(key):
-                raise ValueError(f"Unknown group key {key!r}{_did_you_mean(key)}")
+            if key not in SubspaceKeys.__annotations__ and did_you_mean(key):
+                raise ValueError(f"Unknown group key {key!r}{did_you_mean(key)}")
         if isinstance(param_group.get("params"), Iterator):  # read here and by torch
             param_group = {**param_group, "params": list(param_group["params"])}
         # A copy or an unpickled optimizer has its defaults, but no attribute of ours.
@@ -153,7 +159,7 @@ class GaLoreAdamW(AdamW):
         keys = {**resolve(param_group, defaults), "schema_version": SCHEMA_VERSION}
         if keys["rank"] is None and param_group.get("tolerance") is not None:
             raise ValueError("a group with tolerance needs a rank, which is its cap")
-        _check_group({**self.defaults, **param_group, **keys})
+        check_group({**self.defaults, **param_group, **keys})
         super().add_param_group({**param_group, **keys})
 
     @property
@@ -224,11 +230,11 @@ class GaLoreAdamW(AdamW):
         skip = found_inf is not None and bool(found_inf)
         if not skip:
             for group, options, projected, own, others in work:
-                _check_torchs_alone(group)
-                _check_states(group, self.state, projected, own + others)
-                _check_gradients(group, projected + own)
+                check_torchs_alone(group)
+                check_states(group, self.state, projected, own + others)
+                check_gradients(group, projected + own)
                 if options.nonfinite == "raise":
-                    _check_finite(group, projected)
+                    check_finite(group, projected)
         answers = {} if skip else self._answers(work)
         phases = self._phases()
         for group, options, projected, own, others in work:
@@ -241,7 +247,7 @@ class GaLoreAdamW(AdamW):
                 continue
             if grad_scale is not None:
                 for p in own + projected:
-                    _grad(p).div_(grad_scale.to(p.device))
+                    gradient_of(p).div_(grad_scale.to(p.device))
             for there in _by_device(own):
                 self._plain_step(group, options, there)
             for there in _by_device(projected):
@@ -271,7 +277,7 @@ class GaLoreAdamW(AdamW):
         beta1, beta2 = group["betas"]
         ops.adamw_(
             weights,
-            [_grad(p).contiguous() for p in params],
+            [gradient_of(p).contiguous() for p in params],
             [state["exp_avg"] for state in states],
             [state["exp_avg_sq"] for state in states],
             [state["step"] for state in states],
@@ -338,9 +344,7 @@ class GaLoreAdamW(AdamW):
                 continue
             if projected[0].is_cuda and torch.cuda.is_current_stream_capturing():
                 raise RuntimeError(f"update_proj_gap={due!r}, a callable, cannot be captured in a CUDA graph")
-            params = group["params"]
-            names = group.get("param_names") or [f"group {i}, parameter {j}" for j in range(len(params))]
-            name_of = dict(zip(params, names, strict=True))
+            name_of = names_of(i, group)
             for p in projected:
                 state = self.state.get(p, {})
                 taken = self._outcomes.taken(state) if state else 0
@@ -396,19 +400,17 @@ class GaLoreAdamW(AdamW):
         self._init_projected(params, options)
         for p in params:
             follow(p, self.state[p], options)
-        due = [p for p in params if self._is_due(p, options, answers, phases)]
-        for p in params:
-            if self.state[p]["side"] not in (RIGHT, LEFT):
-                self._tucker_step(p, group, options, due=p in set(due))
+        due = {p for p in params if self._is_due(p, options, answers, phases)}
+        for p in [p for p in params if self.state[p]["side"] not in (RIGHT, LEFT)]:
+            self._tucker_step(p, group, options, due=p in due)
         params = [p for p in params if self.state[p]["side"] in (RIGHT, LEFT)]
-        due = [p for p in due if self.state[p]["side"] in (RIGHT, LEFT)]
         if options.basis_from == "average":
             for p in params:
-                take_average(as_matrices(_grad(p)), self.state[p], float(group["betas"][0]))
-        apart = [p for p in due if not refreshed_in_step(p, self.state[p], options)]
+                take_average(as_matrices(gradient_of(p)), self.state[p], float(group["betas"][0]))
+        within = {p for p in due if refreshed_in_step(p, self.state[p], options)}
+        apart = [p for p in params if p in due and p not in within]
         later = {p for p in apart if options.refresh_at == "end" and self.state[p]["refreshes"]}
         made = self._refresh(group, options, [p for p in apart if p not in later])
-        within = set(due).difference(apart)
         refreshes = [self.state[p]["refreshes"] if p in within else -1 for p in params]
         measuring = bool(later) or is_measured(options)
         measures = self._call(group, options, params, refreshes, made, measuring=measuring)
@@ -469,7 +471,7 @@ class GaLoreAdamW(AdamW):
         taken, refreshes, before = int(state["step"]), state["refreshes"], bases_of(state)
         seconds = tucker.step(
             p,
-            _grad(p),
+            gradient_of(p),
             state,
             options,
             due=due,
@@ -484,7 +486,7 @@ class GaLoreAdamW(AdamW):
         refreshed = state["refreshes"] > refreshes
         if refreshed or is_measured(options):
             used = before if options.refresh_at == "end" and refreshes > 0 else bases_of(state)
-            measures = tucker.measures(state, projected_form(_grad(p), state["side"]), before, used)
+            measures = tucker.measures(state, projected_form(gradient_of(p), state["side"]), before, used)
             stepped = int(state["step"]) != taken or refreshed
             told = Told(int(state["step"]) - stepped, stepped, refreshed, measures)
             self._note(options, [p], [state], [seconds], [told])
@@ -525,7 +527,7 @@ class GaLoreAdamW(AdamW):
         try:
             outcomes = ops.projected_adamw_(
                 weights,
-                [as_matrices(_grad(p)) for p in params],
+                [as_matrices(gradient_of(p)) for p in params],
                 [state["exp_avg"] for state in states],
                 [state["exp_avg_sq"] for state in states],
                 [state["basis"] for state in states],
@@ -586,7 +588,7 @@ class GaLoreAdamW(AdamW):
 
     def _fed(self, p: Tensor, options: SubspaceOptions) -> Tensor:
         """The gradient as a refresh sees it: with ``residual="feedback"`` it has what was outside the subspace."""
-        grad = _grad(p)
+        grad = gradient_of(p)
         if options.residual == "feedback":
             grad = grad.add(self.state[p]["error"], alpha=options.residual_scale)
         return as_matrices(grad)
@@ -669,60 +671,6 @@ def _health_check(optimizer: torch.optim.Optimizer) -> None:
     (new or optimizer._cuda_graph_capture_health_check)()
 
 
-def _did_you_mean(key: str) -> str:
-    close = get_close_matches(key, SubspaceKeys.__annotations__, n=1, cutoff=0.75)
-    return f" (did you mean {close[0]!r}?)" if close else ""
-
-
-def _check_torchs_alone(group: dict[str, Any]) -> str | None:
-    """Raises for options that torch's own step has alone; what makes the group's steps ours, if anything does."""
-    reason = "rank, which is projected" if group["rank"] is not None else None
-    for key in ("state_dtype", "arithmetic"):
-        if reason is None and group[key] != getattr(SubspaceOptions, key):
-            reason = f"{key}={group[key]!r}"
-    for name in ("amsgrad", "differentiable"):
-        if reason is not None and group[name]:
-            raise ValueError(f"Invalid {name}: True (must be False in a group with {reason})")
-    return reason
-
-
-def _check_group(group: dict[str, Any]) -> None:
-    """Raises for what makes no sense together, warns of what does harm."""
-    reason = _check_torchs_alone(group)
-    if reason is None:
-        return
-    params = group["params"]
-    options = SubspaceOptions.of(group)
-    names: dict[Tensor, str] = {}
-    for i, item in enumerate([params] if isinstance(params, Tensor) else params):
-        p = item[1] if isinstance(item, tuple) else item
-        if not isinstance(p, Tensor) or (is_torchs(p, options) and not is_projected(p, options)):
-            continue
-        name = item[0] if isinstance(item, tuple) else f"parameter {i}"
-        if p.dtype not in _DTYPES:
-            raise TypeError(
-                f"Invalid dtype of {name}: {p.dtype} (must be float64, float32, bfloat16 or float16 in a group with "
-                f"{reason})"
-            )
-        if p in names:  # a matrix a thread: they would write over each other
-            raise ValueError(f"{name} is {names[p]} again (a group with {reason} may hold a matrix once)")
-        names[p] = name
-    if group["rank"] is None:
-        return
-    gap = group["update_proj_gap"]
-    if group["moments"] == "keep" and not callable(gap) and gap < _OFTEN:
-        warnings.warn(
-            f"moments='keep' with a new subspace every {gap} steps ruins training: "
-            f"moments='rotate' moves them along; keep them only where update_proj_gap is {_OFTEN} or more",
-            stacklevel=4,
-        )
-
-
-def _grad(p: Tensor) -> Tensor:
-    assert p.grad is not None
-    return p.grad
-
-
 def _by_device(params: list[Tensor]) -> Iterator[list[Tensor]]:
     for device in dict.fromkeys(p.device for p in params):
         yield [p for p in params if p.device == device]
@@ -741,47 +689,3 @@ def _split(
             kind = projected if is_projected(p, options) else others if is_torchs(p, options) else own
             kind.append(p)
     return projected, own, others
-
-
-def _names(group: dict[str, Any], params: Iterable[Tensor]) -> Iterator[tuple[str, Tensor]]:
-    names = dict(zip(group["params"], group.get("param_names", ()), strict=False))
-    for p in params:
-        yield names.get(p, f"a parameter of shape {tuple(p.shape)}"), p
-
-
-def _check_states(
-    group: dict[str, Any],
-    state: Mapping[Tensor, dict[str, Any]],
-    projected: list[Tensor],
-    plain: list[Tensor],
-) -> None:
-    """Raises where a parameter's state is not of the kind that its group asks for by now."""
-    for params, has_bases in ((projected, True), (plain, False)):
-        for name, p in _names(group, params):
-            known = state.get(p)
-            if known and ("side" in known) != has_bases:
-                raise ValueError(
-                    f"the state of {name} was made under another rank than the group's {group['rank']} "
-                    "(nothing was written)"
-                )
-
-
-def _check_gradients(group: dict[str, Any], params: Iterable[Tensor]) -> None:
-    """Raises for gradients that no step can be taken with, before anything is written."""
-    for name, p in _names(group, params):
-        grad = _grad(p)
-        if grad.layout != torch.strided:
-            raise RuntimeError(
-                f"GaLoreAdamW does not support sparse gradients, and that of {name} is {grad.layout}"
-            )
-        if (grad.shape, grad.dtype, grad.device) != (p.shape, p.dtype, p.device):
-            raise ValueError(
-                f"the gradient of {name} is {tuple(grad.shape)} {grad.dtype} on {grad.device}, "
-                f"the parameter {tuple(p.shape)} {p.dtype} on {p.device} (they must agree)"
-            )
-
-
-def _check_finite(group: dict[str, Any], params: Iterable[Tensor]) -> None:
-    for name, p in _names(group, params):
-        if not bool(torch.isfinite(torch.linalg.vector_norm(_grad(p), float("inf")))):
-            raise FloatingPointError(f"the gradient of {name} is not finite (nothing was written)")

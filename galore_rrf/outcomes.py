@@ -35,6 +35,18 @@ class Told:
 Listener = Callable[[list[Told]], object]
 
 
+@dataclass(frozen=True)
+class Pending:
+    """A step that the device is at: what it tells is in pinned memory after the event."""
+
+    event: torch.cuda.Event
+    outcomes: Tensor
+    measures: Tensor | None
+    states: list[dict[str, Any]]
+    resets: bool
+    listener: Listener | None
+
+
 class Outcomes:
     """Counts steps and refreshes of the states of projected parameters.
 
@@ -43,9 +55,7 @@ class Outcomes:
     """
 
     def __init__(self) -> None:
-        self._pending: list[
-            tuple[torch.cuda.Event, Tensor, list[dict[str, Any]], bool, Tensor | None, Listener | None]
-        ] = []
+        self._pending: list[Pending] = []
         self._taken: MutableMapping[Tensor, int] = WeakIdKeyDictionary()  # by the count on the device
         self._captured = False  # whether a graph may have been replayed, whose steps the device alone counts
 
@@ -77,13 +87,11 @@ class Outcomes:
         The listener is told of all states, in their order, once the step is known; never, where it is captured.
         """
         if outcomes.device.type == "cpu":
-            _count(
-                outcomes,
-                states,
-                lambda state, outcome: int(state["step"]) - (outcome >= _STEPPED),
-                measures,
-                listener,
-            )
+
+            def taken(state: dict[str, Any], outcome: int) -> int:
+                return int(state["step"]) - (outcome >= _STEPPED)
+
+            _count(outcomes, states, taken, measures, listener)
         elif torch.cuda.is_current_stream_capturing():
             self._captured = True
         else:
@@ -92,26 +100,26 @@ class Outcomes:
                 copy = _on_its_way(outcomes)  # the last to come
                 event = torch.cuda.Event()
                 event.record()
-            self._pending.append((event, copy, list(states), resets, measured, listener))
+            self._pending.append(Pending(event, copy, measured, list(states), resets, listener))
 
     def settle(self) -> None:
         """Waits for the steps enqueued before, and counts them."""
         if not self._pending and not self._captured:
             return
         capturing = torch.cuda.is_current_stream_capturing()
-        for event, outcomes, states, resets, measures, listener in self._pending:
+        for step in self._pending:
             if capturing:  # no event may be asked then: watched is the memory that the outcomes come to
-                while bool((outcomes == _UNKNOWN).any()):
+                while bool((step.outcomes == _UNKNOWN).any()):
                     time.sleep(1e-4)
             else:
-                event.synchronize()
+                step.event.synchronize()
 
-            def before(state: dict[str, Any], outcome: int, resets: bool = resets) -> int:
+            def taken(state: dict[str, Any], outcome: int, resets: bool = step.resets) -> int:
                 return 0 if resets and outcome == _REFRESHED else self.taken(state)
 
-            _count(outcomes, states, before, measures, listener)
-            for state, outcome in zip(states, outcomes.tolist(), strict=True):
-                self._taken[state["step"]] = before(state, outcome) + (outcome >= _STEPPED)
+            told = _count(step.outcomes, step.states, taken, step.measures, step.listener)
+            for state, one in zip(step.states, told, strict=True):
+                self._taken[state["step"]] = one.taken + one.stepped
         self._pending.clear()
         if self._captured and not capturing:
             self._taken.clear()
@@ -134,15 +142,17 @@ def _count(
     taken: Callable[[dict[str, Any], int], int],
     measures: Tensor | None,
     listener: Listener | None,
-) -> None:
+) -> list[Told]:
     """`taken`: the steps of a state before one with an outcome."""
-    told = []
     rows = [3 * [math.nan] for _ in states] if measures is None else measures.tolist()
-    for state, outcome, (gradient, projected, cosine) in zip(states, outcomes.tolist(), rows, strict=True):
-        before, refreshed = taken(state, outcome), outcome == _REFRESHED
-        told.append(Told(before, outcome >= _STEPPED, refreshed, (gradient, projected, cosine)))
-        if refreshed:
+    told = [
+        Told(taken(state, outcome), outcome >= _STEPPED, outcome == _REFRESHED, (gradient, projected, cosine))
+        for state, outcome, (gradient, projected, cosine) in zip(states, outcomes.tolist(), rows, strict=True)
+    ]
+    for state, one in zip(states, told, strict=True):
+        if one.refreshed:
             state["refreshes"] += 1
-            state["last_refresh"] = before
+            state["last_refresh"] = one.taken
     if listener is not None:
         listener(told)
+    return told

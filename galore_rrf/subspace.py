@@ -20,6 +20,7 @@ from galore_rrf.range_finder import Status
 from galore_rrf.schedule import MEASURES
 
 RIGHT, LEFT, BOTH, TUCKER = 0, 1, 2, 3
+_MODES = {RIGHT: {"basis": -1}, LEFT: {"basis": -2}, BOTH: {"basis": -2, "basis_right": -1}}
 
 SCHEMA_VERSION = 1
 """Version of the per-parameter state; every group carries it as ``schema_version``."""
@@ -106,13 +107,7 @@ def modes_of(p: Tensor, side: int, rank: int) -> dict[str, int]:
     if side == TUCKER:
         lengths = enumerate(p.shape)
         return {f"basis_{i}": i - p.dim() for i, n in lengths if min(n, p.numel() // n) > rank}
-    return (
-        {"basis": -1}
-        if side == RIGHT
-        else {"basis": -2}
-        if side == LEFT
-        else {"basis": -2, "basis_right": -1}
-    )
+    return dict(_MODES[side])
 
 
 def bases_of(state: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -406,7 +401,7 @@ def _find_all(
             old = state["basis"][idle][..., :width]
             basis[idle] = torch.nn.functional.pad(old, (0, width - old.shape[-1])).to(basis.dtype)
         b = b[..., :width, :].clone()  # not the whole buffer, as wide as the cap
-        result.append((basis, b.mT if state["side"] == RIGHT else b))
+        result.append((basis, _oriented(state, b)))
     return result
 
 
@@ -429,9 +424,9 @@ def _projected(state: Mapping[str, Any], grad: Tensor, basis: Tensor) -> Tensor:
     return grad @ basis if state["side"] == RIGHT else basis.mT @ grad
 
 
-def _oriented(state: Mapping[str, Any], grad: Tensor) -> Tensor:
-    """The gradient as if projected on the left."""
-    return grad.mT if state["side"] == RIGHT else grad
+def _oriented(state: Mapping[str, Any], a: Tensor) -> Tensor:
+    """A gradient as if projected on the left, or its coefficients back as they are of the gradient."""
+    return a.mT if state["side"] == RIGHT else a
 
 
 def _find_by_svd(state: Mapping[str, Any], grad: Tensor, options: SubspaceOptions) -> Found:
@@ -445,8 +440,7 @@ def _find_by_svd(state: Mapping[str, Any], grad: Tensor, options: SubspaceOption
     basis = vh[..., : options.rank, :].mT if right else u[..., : options.rank]
     # Rounded as the state will hold it, as galore_torch does.
     basis = basis.to(grad.dtype).to(compute_dtype(grad)).contiguous()
-    g = grad.to(basis.dtype)
-    return basis, (g @ basis if right else basis.mT @ g)
+    return basis, _projected(state, grad, basis)
 
 
 def _find_at_rank(state: Mapping[str, Any], grad: Tensor, options: SubspaceOptions) -> Found:
@@ -462,7 +456,7 @@ def _find_at_rank(state: Mapping[str, Any], grad: Tensor, options: SubspaceOptio
     if found is None:
         return None
     basis, b = found
-    return basis, (b.mT if state["side"] == RIGHT else b)
+    return basis, _oriented(state, b)
 
 
 def sketched(

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from galore_rrf import GaLoreAdamW
-from galore_rrf.outcomes import Outcomes, Told
+from galore_rrf.outcomes import Outcomes, Pending, Told
 
 SKIPPED, DECAYED, STEPPED, REFRESHED = range(4)
 
@@ -43,7 +43,7 @@ def test_pending_steps_are_counted_once(monkeypatch):
     told = []
     measures = torch.tensor([[4.0, 3.0, 0.5], [2.0, 1.0, math.nan], [math.nan, math.nan, math.nan]])
     known = torch.tensor([REFRESHED, STEPPED, SKIPPED], dtype=torch.uint8)
-    outcomes._pending.append((event, known, states, False, measures, told.extend))
+    outcomes._pending.append(Pending(event, known, measures, states, False, told.extend))
     for _ in range(2):
         outcomes.settle()
         assert [s["refreshes"] for s in states] == [3, 2, 1]
@@ -63,7 +63,7 @@ def test_pending_resets_begin_again(monkeypatch):
     outcomes._taken.update({s["step"]: 7 for s in states})
     monkeypatch.setattr(Outcomes, "taken", lambda self, s: self._taken[s["step"]])
     told = torch.tensor([REFRESHED, STEPPED], dtype=torch.uint8)
-    outcomes._pending.append((Event(), told, states, True, None, None))
+    outcomes._pending.append(Pending(Event(), told, None, states, True, None))
     outcomes.settle()
     assert [(s["refreshes"], s["last_refresh"]) for s in states] == [(3, 0), (2, 5)]
     assert [outcomes.taken(s) for s in states] == [1, 8]
@@ -77,7 +77,7 @@ def test_a_step_before_a_capture_is_counted_without_a_call(monkeypatch):
     outcomes._taken[one["step"]] = 4
     monkeypatch.setattr(Outcomes, "taken", lambda self, s: self._taken[s["step"]])
     told = torch.tensor([255], dtype=torch.uint8)
-    outcomes._pending.append((event, told, [one], False, None, None))
+    outcomes._pending.append(Pending(event, told, None, [one], False, None))
     timer = threading.Timer(0.05, lambda: told.fill_(REFRESHED))
     timer.start()
     outcomes.settle()
@@ -93,7 +93,9 @@ def test_replays_are_counted_by_the_device(monkeypatch):
     outcomes, event = Outcomes(), Event()
     outcomes._captured = True
     outcomes._taken[one["step"]] = 4
-    outcomes._pending.append((event, torch.tensor([STEPPED], dtype=torch.uint8), [one], False, None, None))
+    outcomes._pending.append(
+        Pending(event, torch.tensor([STEPPED], dtype=torch.uint8), None, [one], False, None)
+    )
     outcomes.settle()
     assert len(outcomes._taken) == 0  # read again when asked for
 

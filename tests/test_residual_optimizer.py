@@ -105,19 +105,65 @@ print(*(torch.equal(a, b) for a, b in zip(*steps)))
 """
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits the address space as Linux does")
+NO_RESIDUAL = """
+import resource, torch
+from galore_rrf import GaLoreAdamW
+torch.set_num_threads(1)
+w = torch.nn.Parameter(torch.zeros(20_000, 600))
+w.grad = torch.randn(20_000, 600, generator=torch.Generator().manual_seed(0))
+opt = GaLoreAdamW([{"params": [w], "rank": 8, "residual": "orthogonalized"}])
+opt.step()
+state = opt.state[w]
+parts = [w.detach(), *(state[name] for name in ("exp_avg", "exp_avg_sq", "basis", "step"))]
+before = [part.clone() for part in parts]
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+limit = resource.getrlimit(resource.RLIMIT_AS)
+resource.setrlimit(resource.RLIMIT_AS, (used + 30 * 2**20, limit[1]))
+try:
+    opt.step()
+    raised = False
+except (RuntimeError, MemoryError):
+    raised = True
+resource.setrlimit(resource.RLIMIT_AS, limit)
+print(raised, *(torch.equal(a, b) for a, b in zip(parts, before)))
+"""
+
+
+def limited(*command):
+    """The words that a program prints which limits its own memory."""
+    # Whatever is freed goes back, so that the limit is one.
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
+    done = subprocess.run(
+        [sys.executable, "-c", *command],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=environment,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.split()
+
+
+on_linux = pytest.mark.skipif(
+    not sys.platform.startswith("linux"), reason="limits the address space as Linux does"
+)
+
+
+@on_linux
 def test_rotation_without_memory_to_feed_back_changes_nothing():
     """Guards against moments in the new subspace beside the old basis, where memory runs out between the two.
 
     The ordinary step needs gradient and error together, 49 MiB, and the projected gradient three times, 73 MiB; a
     rotation first moments old and new, and before them what is moved: 170 MiB.
     """
-    command = [sys.executable, "-c", OUT_OF_MEMORY, "150"]
-    # Whatever is freed goes back, so that the limit is one.
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment, check=False)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == ["1", "1", *5 * ["True"]]
+    assert limited(OUT_OF_MEMORY, "150") == ["1", "1", *5 * ["True"]]
+
+
+@on_linux
+def test_residual_without_memory_changes_nothing():
+    """Guards against moments that have moved where the weight has not: E and what it becomes need 92 MiB."""
+    assert limited(NO_RESIDUAL) == 6 * ["True"]
 
 
 @pytest.mark.parametrize("keys", [{}, {"tolerance": 0.5}, {"projector": "svd"}, {"state_dtype": torch.uint8},

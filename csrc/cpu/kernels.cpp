@@ -90,11 +90,6 @@ double squared_norm_of(const T* data, int64_t n) {
   return total.value();
 }
 
-double squared_norm(const at::Tensor& a) {
-  return AT_DISPATCH_FLOATING_TYPES(a.scalar_type(), "squared_norm",
-                                    [&] { return squared_norm_of(a.const_data_ptr<scalar_t>(), a.numel()); });
-}
-
 // f(matrix, entries, b) for every matrix of a stack.
 template <class T, class F>
 void for_each_matrix(const at::Tensor& stack, const F& f) {
@@ -390,7 +385,6 @@ bool cholesky_qr_pays() { return false; }
 const Kernels cpu_kernels = {
     .fill_sketch = fill_sketch,
     .squared_norms = squared_norms,
-    .squared_norm = squared_norm,
     .all_finite = all_finite,
     .scale_by_powers_ = scale_by_powers_,
     .step_factors = step_factors,

@@ -23,7 +23,6 @@ bool cholesky_qr_pays() {
 const Kernels cuda_kernels = {
     .fill_sketch = cuda::fill_sketch,
     .squared_norms = cuda::squared_norms,
-    .squared_norm = cuda::squared_norm,
     .all_finite = cuda::all_finite,
     .scale_by_powers_ = cuda::scale_by_powers_,
     .step_factors = cuda::step_factors,

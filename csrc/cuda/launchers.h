@@ -8,7 +8,6 @@ namespace galore_rrf::cuda {
 void fill_sketch(const at::Tensor& out, SketchKey key, int64_t row_offset, int64_t col_offset);
 
 void squared_norms(const at::Tensor& sums, const at::Tensor& a);
-double squared_norm(const at::Tensor& a);
 void all_finite(const at::Tensor& flags, const at::Tensor& a);
 void scale_by_powers_(const at::Tensor& a, const at::Tensor& exponents, int sign);
 

@@ -34,12 +34,6 @@ void squared_norms(const at::Tensor& sums, const at::Tensor& a) {
   reduce<SumOfSquares>(sums, a, at::kDouble);
 }
 
-double squared_norm(const at::Tensor& a) {
-  const at::Tensor sum = at::empty({1}, a.options().dtype(at::kDouble));
-  squared_norms(sum, a.as_strided({1, a.numel()}, {a.numel(), 1}));  // in memory order
-  return sum.item().toDouble();
-}
-
 void all_finite(const at::Tensor& flags, const at::Tensor& a) { reduce<AllFinite>(flags, a, at::kInt); }
 
 void scale_by_powers_(const at::Tensor& a, const at::Tensor& exponents, int sign) {

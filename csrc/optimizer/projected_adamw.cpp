@@ -21,12 +21,15 @@
 #include <chrono>
 #include <cmath>
 #include <exception>
-#include <limits>
 #include <new>
 #include <string_view>
 
 #include "kernels.h"
+#include "optimizer/group.h"
+#include "optimizer/limited_scales.h"
+#include "optimizer/measures.h"
 #include "optimizer/rotate.h"
+#include "optimizer/tiled_update.h"
 #include "parallel.h"
 #include "range_finder/fixed_rank.h"
 #include "range_finder/product.h"
@@ -34,58 +37,6 @@
 
 namespace galore_rrf {
 namespace {
-
-// When a new subspace is due in a step, of which the first always serves at once.
-enum class Refresh { none, start, end };
-
-Refresh refresh_of(const ProjectedParameter& p, RefreshAt at) {
-  if (p.refresh < 0) return Refresh::none;
-  return at == RefreshAt::end && p.refresh > 0 ? Refresh::end : Refresh::start;
-}
-
-// Matrices of one shape and kind that are stepped together, each seen as if projected on the left: gradient
-// and weight s x l with s the projected side, basis s x r, moments r x l.  A right projection is the left one
-// of the transpose.
-struct Group {
-  Matrices weights, grads, bases;
-  StoredMoments exp_avgs, exp_avg_sqs;
-  Matrices coefficients;     // or none
-  Matrices residual_states;  // or none: scalars, or s x l
-  std::vector<at::Tensor> steps;
-  std::vector<SketchKey> keys;
-  Side side;
-  Refresh refresh;
-  std::vector<size_t> owners;
-
-  int64_t count() const { return static_cast<int64_t>(weights.size()); }
-};
-
-void add_matrix(Group& group, const ProjectedParameter& p, size_t owner, int64_t index,
-                const ProjectionOptions& projection) {
-  const bool stack = p.weight.dim() == 3;
-  const auto pick = [&](const at::Tensor& t) { return stack ? t.select(0, index) : t; };
-  const auto turn = [&](const at::Tensor& t) { return p.side == Side::right ? pick(t).mT() : pick(t); };
-  const auto turn_moment = [&](const StoredMoment& moment) {
-    const bool coded = moment.values.scalar_type() == at::kByte;
-    return StoredMoment{turn(moment.values), coded ? pick(moment.scale) : moment.scale};
-  };
-  group.weights.push_back(turn(p.weight));
-  group.grads.push_back(turn(p.grad));
-  group.bases.push_back(pick(p.basis));
-  group.exp_avgs.push_back(turn_moment(p.exp_avg));
-  group.exp_avg_sqs.push_back(turn_moment(p.exp_avg_sq));
-  if (p.coefficients.defined()) group.coefficients.push_back(turn(p.coefficients));
-  if (p.residual_state.defined()) {
-    const bool is_matrix = p.residual_state.dim() == p.weight.dim();
-    group.residual_states.push_back(is_matrix ? turn(p.residual_state) : pick(p.residual_state));
-  }
-  group.steps.push_back(p.step.view(at::IntArrayRef{}));
-  group.keys.push_back({projection.seed, static_cast<uint32_t>(p.key + index),
-                        static_cast<uint32_t>(std::max<int64_t>(0, p.refresh))});
-  group.side = p.side;
-  group.refresh = refresh_of(p, projection.refresh_at);
-  group.owners.push_back(owner);
-}
 
 bool out_of_memory(const c10::Error& error) {
   return dynamic_cast<const c10::OutOfMemoryError*>(&error) != nullptr ||
@@ -137,16 +88,6 @@ class Stopwatch {
   const Clock::time_point start_ = Clock::now();
 };
 
-// An uninitialised stack (B x r x l) in the memory order of the moments, so that the Adam element runs over
-// equal arrays.
-at::Tensor stack_like_moments(const Group& x, at::ScalarType dtype) {
-  const at::Tensor& moment = x.exp_avgs.front().values;
-  const int64_t r = moment.size(0), l = moment.size(1);
-  const auto options = moment.options().dtype(dtype);
-  return x.side == Side::right ? at::empty({x.count(), l, r}, options).mT()
-                               : at::empty({x.count(), r, l}, options);
-}
-
 // Singular vectors have no sign: each column, and its row of the projected gradient, gets the one that goes
 // with the previous column, since kept moments are read on in it.  `projected` may be undefined.
 void align_signs_(const at::Tensor& bases, const at::Tensor& projected, const at::Tensor& previous) {
@@ -178,60 +119,6 @@ at::Tensor chosen(const at::Tensor& flags, Outcome yes, Outcome no) {
 // The outcomes themselves where the flags say so.
 at::Tensor chosen(const at::Tensor& flags, const at::Tensor& yes, Outcome no) {
   return known_to_be(true, flags, !flags.is_cpu()) ? yes : at::where(flags, yes, code(no)).to(at::kByte);
-}
-
-constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
-
-// What is measured of the matrices of a group, fp64 [B] each, NaN where nothing was; undefined where it is
-// not wanted.
-struct Measures {
-  at::Tensor all;                  // 3 x B: the following
-  at::Tensor gradient, projected;  // squared norms
-  at::Tensor turn;                 // the mean squared cosine between new and old subspaces
-
-  Measures() = default;
-  explicit Measures(const Group& x)
-      : all(at::full({3, x.count()}, kNaN, x.grads.front().options().dtype(at::kDouble))),
-        gradient(all.select(0, 0)),
-        projected(all.select(0, 1)),
-        turn(all.select(0, 2)) {}
-
-  bool wanted() const { return all.defined(); }
-};
-
-// Of the gradients and of what is projected of them (B x r x l), none where they are skipped.
-void measure_gradients(const Measures& out, const Group& x, const at::Tensor& projected,
-                       const at::Tensor& outcomes) {
-  for (int64_t i = 0; i < x.count(); ++i) {
-    squared_norm_out(out.gradient.narrow(0, i, 1), x.grads[static_cast<size_t>(i)]);
-  }
-  kernels_for(projected).squared_norms(out.projected, projected);
-  at::Tensor(out.all).masked_fill_(outcomes.eq(code(Outcome::skipped)), kNaN);
-}
-
-// Of a parameter, [3], by those of its matrices: two sums and a mean over those that were measured.
-at::Tensor joined(const std::vector<at::Tensor>& matrices, const at::TensorOptions& options) {
-  if (matrices.size() == 1) return matrices.front();
-  if (matrices.empty()) return at::full({3}, kNaN, options);
-  const at::Tensor all = at::stack(matrices);
-  const at::Tensor counts = all.isnan().logical_not().sum(0);
-  const at::Tensor sums = all.nansum(0).masked_fill_(counts.eq(0), kNaN);
-  sums.select(0, 2).div_(counts.select(0, 2));
-  return sums;
-}
-
-// Every parameter's, by those of the groups that its matrices are in.
-void write_measures(const at::Tensor& measures, const std::vector<Group>& groups,
-                    const std::vector<Measures>& measured) {
-  std::vector<std::vector<at::Tensor>> matrices(static_cast<size_t>(measures.size(0)));
-  for (size_t k = 0; k < groups.size(); ++k) {
-    if (!measured[k].wanted()) continue;
-    const Matrices one_each = measured[k].all.unbind(1);
-    for (size_t i = 0; i < one_each.size(); ++i) matrices[groups[k].owners[i]].push_back(one_each[i]);
-  }
-  std::vector<at::Tensor> rows;
-  for (const auto& of_parameter : matrices) rows.push_back(joined(of_parameter, measures.options()));
-  measures.copy_(at::stack(rows));
 }
 
 // Moments begin again where `active` (bool [B]).
@@ -476,14 +363,6 @@ class Step {
     add_products_(x.grads, each(both), means.mul_(share).masked_fill_(idle, 0));
   }
 
-  // ||S||_F^2 / r, of orthonormal bases the mean squared cosine of the angles between them, fp64 [B]; NaN
-  // where not `moving`.
-  static at::Tensor mean_squared_cosines(const at::Tensor& s, const at::Tensor& moving) {
-    at::Tensor result = at::empty({s.size(0)}, s.options().dtype(at::kDouble));
-    kernels_for(s).squared_norms(result, s.contiguous());
-    return result.div_(s.size(1)).masked_fill_(moving.logical_not(), kNaN);
-  }
-
   // The steps that the moments have seen.
   std::vector<at::Tensor> steps_seen(const Group& x, const at::Tensor& outcomes) const {
     if (projection_.moments != Moments::reset) return x.steps;
@@ -494,12 +373,26 @@ class Step {
   // weights are rounded stochastically, by tiles.
   void apply(const Group& x, const at::Tensor& projected, const at::Tensor& outcomes) const {
     const Kernels& kernels = kernels_for(projected);
-    const at::Tensor r = projection_.residual == Residual::drop ? at::Tensor() : projected.clone();
     const at::Tensor factors = at::empty({x.count(), 3}, projected.options().dtype(at::kDouble));
     const std::vector<at::Tensor> steps = steps_seen(x, outcomes);
     kernels.step_factors(factors, steps, lr_, outcomes, adamw_);
     const at::Tensor decays = factors.select(1, 2).clone();
-    if (projection_.residual == Residual::scaled) {
+    if (!asynchronous_ && !moves(outcomes.const_data_ptr<uint8_t>()[0])) return decay(x, decays);
+
+    const at::Tensor moving = outcomes.ge(code(Outcome::stepped));
+    const at::Tensor r = projection_.residual == Residual::drop ? projected : projected.clone();
+    at::Tensor rates;  // of directions, where they or the residual have a length of their own
+    if (projection_.residual != Residual::drop) {
+      r.masked_fill_(moving.logical_not().view({-1, 1, 1}), 0);
+      rates = moving.to(at::kDouble).mul_(lr_).mul_(adamw_.scale);
+      if (adamw_.arithmetic != Arithmetic::torch) rates.mul_(decays);  // which comes last there
+    }
+    const double share = (adamw_.maximize ? 1 : -1) * projection_.residual_scale;
+    const at::Tensor lengths = rates.defined() ? rates.mul(share) : at::Tensor();
+    const std::optional<TiledUpdate> by_tiles = tiled_update(x, r, lengths);  // before moments move
+
+    const bool scaled = projection_.residual == Residual::scaled;
+    if (scaled) {
       // Directions first, whose norms are compared: their lengths are not to depend on the learning rate.
       AdamWOptions unit = adamw_;
       unit.scale = 1;
@@ -507,18 +400,20 @@ class Step {
       kernels.step_factors(factors, steps, at::ones({}, factors.options()), outcomes, unit);
     }
     kernels.adam(projected, x.exp_avgs, x.exp_avg_sqs, factors, outcomes, adamw_);
-    if (!asynchronous_ && !moves(outcomes.const_data_ptr<uint8_t>()[0])) return decay(x, decays);
-    if (projection_.residual == Residual::feedback) keep_errors(x, r, outcomes);
-    const WeightStep step = weight_step(x, projected, r, decays, outcomes);
-    const at::ScalarType dtype = x.weights.front().scalar_type();
-    if (projection_.stochastic_rounding && (dtype == at::kBFloat16 || dtype == at::kHalf)) {
-      return add_by_tiles_(step, RowRounding{x.keys, x.steps, x.side == Side::right});
+    if (projection_.residual == Residual::feedback) keep_errors(x, r, moving);
+    at::Tensor column_scales;
+    if (scaled) {
+      column_scales = limited_scales(x.grads, projected, r, lengths, x.residual_states, moving);
+      at::Tensor(projected).mul_(rates.to(projected.scalar_type()).view({-1, 1, 1}));
+      // E diag(scales) = G diag(scales) - Q R diag(scales)
+      at::Tensor(projected).addcmul_(r, column_scales.unsqueeze(1), -1);
     }
-    if (step.residual != Residual::drop) return add_by_tiles_(step, std::nullopt);
+    if (by_tiles) return (*by_tiles)(projected, decays, column_scales);
     if (kernels.products) {
       const at::Tensor decay = lr_.mul(-adamw_.weight_decay).add_(1).to(projected.scalar_type());
       // Without decay what is skipped adds a step of 0, and no one need look.
       const at::Tensor skipping = adamw_.weight_decay == 0 ? at::Tensor() : outcomes;
+      const at::ScalarType dtype = x.weights.front().scalar_type();
       if (kernels.products(x.weights, x.bases, each(projected.to(dtype)), decay, skipping)) return;
     }
     for (int64_t i = 0; i < x.count(); ++i) {
@@ -528,45 +423,33 @@ class Step {
     }
   }
 
+  std::optional<TiledUpdate> tiled_update(const Group& x, const at::Tensor& r,
+                                          const at::Tensor& lengths) const {
+    const at::ScalarType dtype = x.weights.front().scalar_type();
+    std::optional<RowRounding> rounding;
+    if (projection_.stochastic_rounding && (dtype == at::kBFloat16 || dtype == at::kHalf)) {
+      rounding = {x.keys, x.steps, x.side == Side::right};
+    }
+    const bool in_products =
+        projection_.residual == Residual::drop || projection_.residual == Residual::feedback;
+    if (in_products && !rounding) return std::nullopt;
+    const WeightsAndGradients matrices{x.weights, x.grads, x.bases};
+    return std::make_optional<TiledUpdate>(matrices, projection_.residual, r, lengths, std::move(rounding));
+  }
+
   // Of a single matrix that makes no step.
   static void decay(const Group& x, const at::Tensor& decays) {
     if (decays.item<double>() != 1) at::Tensor(x.weights.front()).mul_(decays.select(0, 0));
   }
 
-  // What moves the weights, of the residual too where that makes a step; `steps` become those of the
-  // subspace's share.
-  WeightStep weight_step(const Group& x, const at::Tensor& steps, const at::Tensor& r,
-                         const at::Tensor& decays, const at::Tensor& outcomes) const {
-    WeightStep result{
-        .weights = x.weights, .grads = x.grads, .bases = x.bases, .decays = decays, .steps = steps};
-    if (projection_.residual == Residual::drop || projection_.residual == Residual::feedback) return result;
-    result.residual = projection_.residual;
-    const at::Tensor moving = outcomes.ge(code(Outcome::stepped));
-    at::Tensor rates = moving.to(at::kDouble).mul_(lr_).mul_(adamw_.scale);
-    if (adamw_.arithmetic != Arithmetic::torch) rates.mul_(decays);  // which comes last there
-    const at::Tensor lengths = rates.mul((adamw_.maximize ? 1 : -1) * projection_.residual_scale);
-    if (result.residual != Residual::sign) r.masked_fill_(moving.logical_not().view({-1, 1, 1}), 0);
-    if (result.residual != Residual::scaled) {
-      result.projected = r;
-      result.lengths = lengths;
-      return result;
-    }
-    const auto of_matrix = [&](const at::Tensor& t) { return t.to(steps.scalar_type()).view({-1, 1, 1}); };
-    result.column_scales = limited_scales(x.grads, steps, r, lengths, x.residual_states, moving);
-    at::Tensor(steps).mul_(of_matrix(rates));
-    at::Tensor(steps).addcmul_(r, result.column_scales.unsqueeze(1), -1);
-    return result;
-  }
-
-  // error <- G - Q R, G with the error that it was fed, where there is a step.
-  void keep_errors(const Group& x, const at::Tensor& r, const at::Tensor& outcomes) const {
-    const at::Tensor idle = outcomes.lt(code(Outcome::stepped));
-    const Matrices idle_each = each(idle);
+  // error <- G - Q R, G with the error that it was fed, where there is a step (`moving`, bool [B]).
+  void keep_errors(const Group& x, const at::Tensor& r, const at::Tensor& moving) const {
+    const Matrices moving_each = each(moving);
     for (size_t i = 0; i < x.grads.size(); ++i) {
       at::Tensor error = x.residual_states[i];
-      error.copy_(asynchronous_ ? at::where(idle_each[i], error, x.grads[i]) : x.grads[i]);
+      error.copy_(asynchronous_ ? at::where(moving_each[i], x.grads[i], error) : x.grads[i]);
     }
-    add_products_(x.residual_states, x.bases, r.neg().masked_fill_(idle.view({-1, 1, 1}), 0));
+    add_products_(x.residual_states, x.bases, r.neg());
   }
 
   static at::Tensor finite(const at::Tensor& projected) {
@@ -580,47 +463,6 @@ class Step {
   const ProjectionOptions& projection_;
   bool asynchronous_;
 };
-
-// Matrices of one kind in lists that may be stepped together; on a CPU each for itself.
-std::vector<Group> groups_of(const std::vector<ProjectedParameter>& parameters,
-                             const ProjectionOptions& projection, bool asynchronous) {
-  constexpr int64_t kMostEntries = int64_t{1} << 26;  // of what a step holds of all matrices together
-  const auto entries_held = [&](const ProjectedParameter& p) {
-    const bool whole =
-        projection.residual == Residual::feedback || projection.residual == Residual::orthogonalized;
-    return whole ? p.weight.numel() : p.exp_avg.values.numel();
-  };
-  std::vector<Group> groups;
-  std::vector<size_t> heads;  // the parameter that each group began with
-  const auto of_one_kind = [&](const ProjectedParameter& p, const ProjectedParameter& q) {
-    const auto alike = [](const at::Tensor& a, const at::Tensor& b) {
-      const auto last = [](at::IntArrayRef x) { return x.slice(x.size() - 2); };
-      return a.device() == b.device() && a.scalar_type() == b.scalar_type() &&
-             last(a.sizes()) == last(b.sizes()) && last(a.strides()) == last(b.strides());
-    };
-    return p.side == q.side && refresh_of(p, projection.refresh_at) == refresh_of(q, projection.refresh_at) &&
-           p.coefficients.defined() == q.coefficients.defined() && alike(p.weight, q.weight) &&
-           alike(p.grad, q.grad) && alike(p.basis, q.basis) && alike(p.exp_avg.values, q.exp_avg.values) &&
-           alike(p.exp_avg_sq.values, q.exp_avg_sq.values) && p.step.scalar_type() == q.step.scalar_type();
-  };
-  for (size_t i = 0; i < parameters.size(); ++i) {
-    const ProjectedParameter& p = parameters[i];
-    const int64_t count = p.weight.dim() == 3 ? p.weight.size(0) : 1;
-    for (int64_t j = 0; j < count; ++j) {
-      size_t g = groups.size();
-      for (size_t k = 0; asynchronous && k < groups.size(); ++k) {
-        const int64_t entries = (groups[k].count() + 1) * entries_held(p) / count;
-        if (of_one_kind(parameters[heads[k]], p) && entries <= kMostEntries) g = k;
-      }
-      if (g == groups.size()) {
-        groups.emplace_back();
-        heads.push_back(i);
-      }
-      add_matrix(groups[g], p, i, j, projection);
-    }
-  }
-  return groups;
-}
 
 }  // namespace
 

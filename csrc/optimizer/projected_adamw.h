@@ -8,7 +8,7 @@
 #include <vector>
 
 #include "optimizer/adamw.h"
-#include "optimizer/residual.h"
+#include "optimizer/residual_step.h"
 #include "range_finder/types.h"
 
 namespace galore_rrf {

@@ -1,29 +1,14 @@
 #include "optimizer/rotate.h"
 
 #include <ATen/Context.h>
-#include <ATen/ops/bmm.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/mm.h>
 
 #include <algorithm>
 
 #include "kernels.h"
+#include "range_finder/product.h"
 
 namespace galore_rrf {
-namespace {
-
-// mm of a single one: bmm on a CPU copies what is not in order.
-void multiply_stacks_out(at::Tensor out, const at::Tensor& a, const at::Tensor& b) {
-  if (a.size(0) == 1) {
-    at::Tensor single = out.select(0, 0);
-    at::mm_out(single, a.select(0, 0), b.select(0, 0));
-  } else {
-    at::bmm_out(out, a, b);
-  }
-}
-
-}  // namespace
-
 void rotate_moments_out(const at::Tensor& out_exp_avg, const at::Tensor& out_exp_avg_sq,
                         const at::Tensor& exp_avg, const at::Tensor& exp_avg_sq, const at::Tensor& s,
                         const at::Tensor& corrections) {

@@ -96,10 +96,12 @@ class Sketcher {
 };
 
 bool all_safe(const at::Tensor& sketches) {
-  for (const at::Tensor& y : each(sketches)) {
-    if (!is_safe(kernels_for(y).squared_norm(y), y.scalar_type())) return false;
-  }
-  return true;
+  const at::Tensor sums = at::empty({sketches.size(0)}, sketches.options().dtype(at::kDouble));
+  kernels_for(sketches).squared_norms(sums, sketches);
+  const at::Tensor norms = sums.cpu();
+  const double* squared = norms.const_data_ptr<double>();
+  return std::all_of(squared, squared + norms.numel(),
+                     [&](double norm) { return is_safe(norm, sketches.scalar_type()); });
 }
 
 // B = Q^T 2^-exponents a; with Q as it is where a residual is to rest on that, else rounded to the dtype of a

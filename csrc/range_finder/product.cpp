@@ -1,6 +1,7 @@
 #include "range_finder/product.h"
 
 #include <ATen/ops/addmm.h>
+#include <ATen/ops/bmm.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/mm.h>
 #include <ATen/ops/ones.h>
@@ -83,6 +84,21 @@ Matrices transposed(Matrices matrices) {
 at::Tensor stacked(const Matrices& matrices, at::ScalarType dtype) {
   const at::Tensor stack = matrices.size() == 1 ? matrices.front().unsqueeze(0) : at::stack(matrices);
   return stack.to(dtype);
+}
+
+void multiply_stacks_out(at::Tensor out, const at::Tensor& a, const at::Tensor& b) {
+  if (a.size(0) == 1) {  // bmm on a CPU copies what is not in order
+    at::Tensor single = out.select(0, 0);
+    at::mm_out(single, a.select(0, 0), b.select(0, 0));
+  } else {
+    at::bmm_out(out, a, b);
+  }
+}
+
+at::Tensor multiply_stacks(const at::Tensor& a, const at::Tensor& b) {
+  const at::Tensor out = at::empty({a.size(0), a.size(1), b.size(2)}, a.options());
+  multiply_stacks_out(out, a, b);
+  return out;
 }
 
 void multiply_out(const Matrices& out, const Matrices& a, const Matrices& b) {

@@ -35,6 +35,10 @@ Matrices transposed(Matrices matrices);
 // The matrices as a stack in `dtype`: a view of a single one that has it, else a row-major copy.
 at::Tensor stacked(const Matrices& matrices, at::ScalarType dtype);
 
+// out <- a b, stacks.
+void multiply_stacks_out(at::Tensor out, const at::Tensor& a, const at::Tensor& b);
+at::Tensor multiply_stacks(const at::Tensor& a, const at::Tensor& b);
+
 // out[i] <- a[i] b[i], a the large operands.
 void multiply_out(const Matrices& out, const Matrices& a, const Matrices& b);
 

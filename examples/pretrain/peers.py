@@ -61,18 +61,18 @@ class _Resumable:
     projector: type
 
     def state_dict(self) -> dict[str, Any]:
-        whole = super().state_dict()  # type: ignore[misc]
+        whole = super().state_dict()
         states = {i: {k: _plain(v) for k, v in state.items()} for i, state in whole["state"].items()}
         return {**whole, "state": states}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        super().load_state_dict(state_dict)  # type: ignore[misc]
-        params = [p for group in self.param_groups for p in group["params"]]  # type: ignore[attr-defined]
+        super().load_state_dict(state_dict)
+        params = [p for group in self.param_groups for p in group["params"]]
         for i, state in state_dict["state"].items():
             if "projector" in state:  # as saved: the base class takes words in it apart
                 made = object.__new__(self.projector)
                 vars(made).update(state["projector"])
-                self.state[params[i]]["projector"] = made  # type: ignore[attr-defined]
+                self.state[params[i]]["projector"] = made
 
 
 def _plain(value: Any) -> Any:

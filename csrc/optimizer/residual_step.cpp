@@ -1,0 +1,167 @@
+#include "optimizer/residual_step.h"
+
+#include <ATen/ops/empty.h>
+#include <ATen/ops/ones.h>
+#include <ATen/ops/where.h>
+#include <ATen/ops/zeros.h>
+
+#include "kernels.h"
+#include "optimizer/orthogonalized.h"
+#include "range_finder/scaling.h"
+
+namespace galore_rrf {
+namespace {
+
+// Of each matrix of a stack, fp64 [B].
+at::Tensor squared_norms(const at::Tensor& stack) {
+  const at::Tensor sums = at::empty({stack.size(0)}, stack.options().dtype(at::kDouble));
+  kernels_for(stack).squared_norms(sums, stack);
+  return sums;
+}
+
+// The squared norm of an E that is but rounding, which is no direction: what it leaves of a gradient within
+// the subspace.
+at::Tensor squared_rounding(const at::Tensor& r) {
+  const double share = 64 * unit_roundoff(r.scalar_type());
+  return squared_norms(r).mul_(share * share);
+}
+
+// One over the roots of squared norms (fp64) in a dtype, 0 where there is not `some`.
+at::Tensor inverse_roots(const at::Tensor& squares, const at::Tensor& some, at::ScalarType dtype) {
+  constexpr double kMost = 1e37;  // within fp32
+  return at::where(some, squares.rsqrt().clamp_max_(kMost), 0.0).to(dtype);
+}
+
+// A number a matrix, fp64 [B], to multiply a stack with.
+at::Tensor of_matrix(const at::Tensor& numbers, at::ScalarType dtype) {
+  return numbers.to(dtype).view({-1, 1, 1});
+}
+
+BasisProduct product(const Outside& x, const at::Tensor& r) {
+  return BasisProduct(x.bases, r, x.bases.front().scalar_type(), x.turned);
+}
+
+class Signs : public ResidualStep {
+ public:
+  explicit Signs(const Outside& x) : grads_(x.grads), lengths_(x.lengths), projected_(product(x, x.r)) {}
+
+  void into_(const RowTile& tile) const override {
+    projected_.into_(tile, 0);
+    kernels_for(tile.values)
+        .signs_of_difference_(tile.values, with_rows_in_one_piece(tile.rows(grads_)),
+                              tile.of_matrices(lengths_));
+  }
+
+ private:
+  const Matrices grads_;
+  const at::Tensor lengths_;
+  const BasisProduct projected_;
+};
+
+// The columns, then the rows of E, in the left form, are divided by their root mean squares, kNormalizations
+// times: the gradient multi-normalization of Scetbon et al. 2025 (arXiv 2502.06742).  What is kept of it are
+// scales of the tiles' rows and columns, one pass over E a time.
+class Normalized : public ResidualStep {
+ public:
+  explicit Normalized(const Outside& x)
+      : grads_(x.grads),
+        negative_(product(x, x.r.neg())),
+        rows_first_(x.turned),
+        lengths_(of_matrix(x.lengths, x.r.scalar_type())),
+        moving_(x.lengths.ne(0).to(x.r.scalar_type()).unsqueeze(1).repeat({1, x.tiles.cols()})),
+        nothing_(at::zeros({x.r.size(0), 1, 1}, x.lengths.options())),
+        columns_(at::ones({x.r.size(0), 1, x.tiles.cols()}, x.r.options())),
+        rows_(at::ones({x.r.size(0), x.grads.front().size(0), 1}, x.r.options())) {
+    const auto all_rows = static_cast<double>(x.grads.front().size(0));
+    const at::Tensor rounding =
+        squared_rounding(x.r).div_(static_cast<double>(x.grads.front().numel())).view({-1, 1, 1});
+    for (int i = 0; i < kNormalizations; ++i) {
+      const bool rows_before = i > 0 || rows_first_;
+      const at::Tensor& least = i == 0 ? rounding : nothing_;
+      const at::Tensor squares = at::zeros(columns_.sizes(), least.options());
+      x.tiles.for_each(x.memory, [&](const RowTile& tile) {
+        residual_into_(tile);
+        if (rows_before) normalize_rows_(tile, least);
+        kernels_for(tile.values).add_squares_(tile.of_matrices(squares).squeeze(1), each(tile.values), 0);
+      });
+      squares.div_(all_rows);
+      const at::Tensor some = squares.gt(rows_before ? nothing_ : least);
+      columns_.mul_(inverse_roots(squares, some, columns_.scalar_type()));
+    }
+  }
+
+  void into_(const RowTile& tile) const override {
+    residual_into_(tile);
+    if (!rows_first_) normalize_rows_(tile, nothing_);
+    const at::Tensor lengths = tile.of_matrices(lengths_);
+    at::Tensor(tile.values).mul_(rows_first_ ? tile.of_rows(rows_).mul(lengths) : lengths);
+  }
+
+ private:
+  static constexpr int kNormalizations = 2;
+
+  // With the scales of its columns so far.
+  void residual_into_(const RowTile& tile) const {
+    negative_.into_(tile, 0);
+    kernels_for(tile.values)
+        .add_scaled_(tile.values, with_rows_in_one_piece(tile.rows(grads_)), tile.of_matrices(moving_), 1);
+    at::Tensor(tile.values).mul_(tile.of_matrices(columns_));
+  }
+
+  // Rows of a mean square of `least` (B x 1 x 1) or less are none.
+  void normalize_rows_(const RowTile& tile, const at::Tensor& least) const {
+    const at::Tensor squares = at::zeros({tile.count, tile.height, 1}, least.options());
+    kernels_for(tile.values).add_squares_(squares.squeeze(2), each(tile.values), 1);
+    squares.div_(static_cast<double>(tile.values.size(2)));
+    at::Tensor rows = tile.of_rows(rows_);
+    rows.copy_(inverse_roots(squares, squares.gt(tile.of_matrices(least)), rows.scalar_type()));
+    at::Tensor(tile.values).mul_(rows);
+  }
+
+  const Matrices grads_;
+  const BasisProduct negative_;
+  const bool rows_first_;  // whether the tiles' rows are the columns of the left form
+  const at::Tensor lengths_, moving_, nothing_;
+  at::Tensor columns_, rows_;  // their scales
+};
+
+class Orthogonalized : public ResidualStep {
+ public:
+  explicit Orthogonalized(const Outside& x) {
+    const Matrices& grads = x.grads;
+    const at::Tensor e =
+        at::empty({x.r.size(0), grads.front().size(0), grads.front().size(1)}, x.r.options());
+    const Matrices each_e = each(e);
+    for (size_t i = 0; i < grads.size(); ++i) at::Tensor(each_e[i]).copy_(grads[i]);
+    at::Tensor(e).masked_fill_(x.lengths.eq(0).view({-1, 1, 1}), 0);
+    product(x, x.r.neg()).into_({0, e.size(0), 0, e.size(1), e}, 1);
+    const at::ScalarType dtype = e.scalar_type();
+    const at::Tensor squared = squared_norms(e);
+    at::Tensor(e).mul_(of_matrix(inverse_roots(squared, squared.gt(squared_rounding(x.r)), dtype), dtype));
+    // Products of half precision where those are fast.
+    const at::Tensor narrow = x.bases.front().scalar_type() == dtype ? e : e.to(at::kBFloat16);
+    step_ = orthogonalized(narrow).to(dtype).mul_(of_matrix(x.lengths, dtype));
+  }
+
+  void into_(const RowTile& tile) const override { at::Tensor(tile.values).copy_(tile.of_rows(step_)); }
+
+ private:
+  at::Tensor step_;
+};
+
+}  // namespace
+
+std::unique_ptr<const ResidualStep> residual_step(Residual residual, const Outside& x) {
+  switch (residual) {
+    case Residual::sign:
+      return std::make_unique<Signs>(x);
+    case Residual::normalized:
+      return std::make_unique<Normalized>(x);
+    case Residual::orthogonalized:
+      return std::make_unique<Orthogonalized>(x);
+    default:
+      return nullptr;
+  }
+}
+
+}  // namespace galore_rrf

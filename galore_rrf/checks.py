@@ -1,0 +1,115 @@
+"""What groups and gradients must be for a step, told before anything is written."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from difflib import get_close_matches
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from galore_rrf.options import SubspaceKeys, SubspaceOptions
+from galore_rrf.subspace import is_projected, is_torchs
+
+_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)  # of which our own steps can be taken
+_OFTEN = 50  # below this interval kept moments do harm
+
+
+def did_you_mean(key: str) -> str:
+    close = get_close_matches(key, SubspaceKeys.__annotations__, n=1, cutoff=0.75)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def check_torchs_alone(group: dict[str, Any]) -> str | None:
+    """Raises for options that torch's own step has alone; what makes the group's steps ours, if anything does."""
+    reason = "rank, which is projected" if group["rank"] is not None else None
+    for key in ("state_dtype", "arithmetic"):
+        if reason is None and group[key] != getattr(SubspaceOptions, key):
+            reason = f"{key}={group[key]!r}"
+    for name in ("amsgrad", "differentiable"):
+        if reason is not None and group[name]:
+            raise ValueError(f"Invalid {name}: True (must be False in a group with {reason})")
+    return reason
+
+
+def check_group(group: dict[str, Any]) -> None:
+    """Raises for what makes no sense together, warns of what does harm."""
+    reason = check_torchs_alone(group)
+    if reason is None:
+        return
+    params = group["params"]
+    options = SubspaceOptions.of(group)
+    names: dict[Tensor, str] = {}
+    for i, item in enumerate([params] if isinstance(params, Tensor) else params):
+        p = item[1] if isinstance(item, tuple) else item
+        if not isinstance(p, Tensor) or (is_torchs(p, options) and not is_projected(p, options)):
+            continue
+        name = item[0] if isinstance(item, tuple) else f"parameter {i}"
+        if p.dtype not in _DTYPES:
+            raise TypeError(
+                f"Invalid dtype of {name}: {p.dtype} (must be float64, float32, bfloat16 or float16 in a group with "
+                f"{reason})"
+            )
+        if p in names:  # a matrix a thread: they would write over each other
+            raise ValueError(f"{name} is {names[p]} again (a group with {reason} may hold a matrix once)")
+        names[p] = name
+    if group["rank"] is None:
+        return
+    gap = group["update_proj_gap"]
+    if group["moments"] == "keep" and not callable(gap) and gap < _OFTEN:
+        warnings.warn(
+            f"moments='keep' with a new subspace every {gap} steps ruins training: "
+            f"moments='rotate' moves them along; keep them only where update_proj_gap is {_OFTEN} or more",
+            stacklevel=4,
+        )
+
+
+def gradient_of(p: Tensor) -> Tensor:
+    assert p.grad is not None
+    return p.grad
+
+
+def _names(group: dict[str, Any], params: Iterable[Tensor]) -> Iterator[tuple[str, Tensor]]:
+    names = dict(zip(group["params"], group.get("param_names", ()), strict=False))
+    for p in params:
+        yield names.get(p, f"a parameter of shape {tuple(p.shape)}"), p
+
+
+def check_states(
+    group: dict[str, Any],
+    state: Mapping[Tensor, dict[str, Any]],
+    projected: list[Tensor],
+    plain: list[Tensor],
+) -> None:
+    """Raises where a parameter's state is not of the kind that its group asks for by now."""
+    for params, has_bases in ((projected, True), (plain, False)):
+        for name, p in _names(group, params):
+            known = state.get(p)
+            if known and ("side" in known) != has_bases:
+                raise ValueError(
+                    f"the state of {name} was made under another rank than the group's {group['rank']} "
+                    "(nothing was written)"
+                )
+
+
+def check_gradients(group: dict[str, Any], params: Iterable[Tensor]) -> None:
+    """Raises for gradients that no step can be taken with, before anything is written."""
+    for name, p in _names(group, params):
+        grad = gradient_of(p)
+        if grad.layout != torch.strided:
+            raise RuntimeError(
+                f"GaLoreAdamW does not support sparse gradients, and that of {name} is {grad.layout}"
+            )
+        if (grad.shape, grad.dtype, grad.device) != (p.shape, p.dtype, p.device):
+            raise ValueError(
+                f"the gradient of {name} is {tuple(grad.shape)} {grad.dtype} on {grad.device}, "
+                f"the parameter {tuple(p.shape)} {p.dtype} on {p.device} (they must agree)"
+            )
+
+
+def check_finite(group: dict[str, Any], params: Iterable[Tensor]) -> None:
+    for name, p in _names(group, params):
+        if not bool(torch.isfinite(torch.linalg.vector_norm(gradient_of(p), float("inf")))):
+            raise FloatingPointError(f"the gradient of {name} is not finite (nothing was written)")
