@@ -58,10 +58,14 @@ def check_group(group: dict[str, Any]) -> None:
     if group["rank"] is None:
         return
     gap = group["update_proj_gap"]
-    if group["moments"] == "keep" and not callable(gap) and gap < _OFTEN:
+    if group["moments"] != "keep" or callable(gap):
+        return
+    adaptive = group["schedule"] == "adaptive"
+    if adaptive or gap < _OFTEN:
+        often = "as often as schedule='adaptive' asks for" if adaptive else f"every {gap} steps"
         warnings.warn(
-            f"moments='keep' with a new subspace every {gap} steps ruins training: "
-            f"moments='rotate' moves them along; keep them only where update_proj_gap is {_OFTEN} or more",
+            f"moments='keep' with a new subspace {often} ruins training: moments='rotate' moves them along; "
+            f"keep them only where update_proj_gap is {_OFTEN} or more",
             stacklevel=4,
         )
 

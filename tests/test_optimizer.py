@@ -246,11 +246,18 @@ def test_precedence_of_keys(constructor, group, key, value):
     assert opt.param_groups[0][key] == value
 
 
-@pytest.mark.parametrize("gap", [1, 49])
-def test_kept_moments_with_frequent_refreshes_warn(gap):
+@pytest.mark.parametrize(
+    ("keys", "often"),
+    [
+        ({"update_proj_gap": 1}, "every 1 steps"),
+        ({"update_proj_gap": 49}, "every 49 steps"),
+        ({"update_proj_gap": 200, "schedule": "adaptive"}, "schedule='adaptive'"),
+    ],
+)
+def test_kept_moments_with_frequent_refreshes_warn(keys, often):
     """Guards against the combination that ruins training going unsaid."""
-    group = {"params": [weight("default")], "rank": 4, "update_proj_gap": gap, "moments": "keep"}
-    with pytest.warns(UserWarning, match="moments='keep'.*rotate"):
+    group = {"params": [weight("default")], "rank": 4, "moments": "keep", **keys}
+    with pytest.warns(UserWarning, match=f"moments='keep'.*{often}.*rotate"):
         GaLoreAdamW([group])
 
 
