@@ -32,7 +32,7 @@ OPTIMIZERS = ("adamw", "galore", "lora")
 _STEP = 4  # bytes of a step count, an fp32 scalar
 _TILE = 2**17  # entries of the tile that half precision is cast in (csrc/range_finder/product.cpp)
 _ROTATED = 256  # columns of moments rotated at a time (csrc/optimizer/rotate.cpp)
-_RESIDUAL_TILE = 2**16  # entries of the residual that are there at a time (csrc/optimizer/residual.cpp)
+_RESIDUAL_TILE = 2**16  # entries of the residual that are there at a time (csrc/optimizer/row_tiles.cpp)
 
 
 @dataclass(frozen=True)
@@ -324,7 +324,7 @@ def _fed(p: Tensor, residual: str) -> int:
 def _residual_workspace(p: Tensor, state: Mapping[str, Any], residual: str) -> int:
     """Bytes that one matrix of `p` needs where its residual is put to use, after the refresh or with its end.
 
-    Read off csrc/optimizer/residual.cpp, orthogonalized.cpp and projected_adamw.cpp.
+    Read off csrc/optimizer/residual_step.cpp, limited_scales.cpp, orthogonalized.cpp and projected_adamw.cpp.
     """
     side, length, rank = _sizes(p, state)
     size = compute_dtype(p).itemsize
@@ -348,7 +348,9 @@ def _residual_workspace(p: Tensor, state: Mapping[str, Any], residual: str) -> i
     if residual == "normalized":
         columns = as_matrices(p).shape[-1]  # scales of these, and what they are made of, partly in fp64
         return step + size * long + max(size * (tiles + columns), size * tile + 33 * columns)
-    return step + size * (tiles + (length if residual == "scaled" else 0))
+    if residual == "scaled":  # norms of columns in fp64, of which the scales are made
+        return step + max(size * (tiles + length), size * tile + 36 * length)
+    return step + size * tiles
 
 
 def _apart_workspace(p: Tensor, state: Mapping[str, Any], basis_from: str) -> int:
