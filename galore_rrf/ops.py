@@ -306,11 +306,11 @@ def projected_adamw_(
         "drop"      nothing (GaLore)
         "sign"      N's product + residual_scale sign(E), entry by entry (FRUGAL, arXiv 2411.07837)
         "normalized"  N's product + residual_scale S, S = E with first its columns (right: rows), then its rows
-                    divided by their root mean squares, and both again (arXiv 2502.06742); 0 where E is
-                    but rounding
+                    (right: columns) divided by their root mean squares, and both again (arXiv 2502.06742);
+                    0 in columns (right: rows) where E is but rounding
         "orthogonalized"  N's product + residual_scale S, S = E with its singular values about equal, by two steps
                     of Newton-Schulz iteration (Muon, Jordan et al. 2024), its entries in the root mean square
-                    1 at most; 0 where E is but rounding; two m x n temporaries a matrix in flight
+                    about 1, 1.2 at most; 0 where E is but rounding; two m x n temporaries a matrix in flight
         "scaled"    N's product + residual_scale S, S = E with each column times ||N_j|| / ||R_j|| (right: row),
                     0 where R_j = 0; S is shortened to 1.01 times the length of the last (Fira, arXiv 2410.01623)
         "feedback"  G + residual_scale * the last step's E in the place of G; what a rotation of the first
@@ -328,8 +328,8 @@ def projected_adamw_(
 
     Returns one uint8 a parameter, on the device of the weights: 0 skipped (non-finite gradient, nothing
     written), 1 weight decay alone (zero gradient and no basis yet; not counted as a step), 2 stepped,
-    3 stepped in a new subspace.  No m x n temporary is made: residuals are looked at tile
-    by tile; with ``"feedback"`` one a matrix in flight is, G + E.
+    3 stepped in a new subspace.  Residuals are looked at tile by tile, so that no m x n temporary is made, but
+    for ``"feedback"``, with one a matrix in flight, G + E, and ``"orthogonalized"``.
     """
     return _ops.projected_adamw_(
         params,

@@ -142,8 +142,9 @@ class GaLoreAdamW(AdamW):
             fused=fused,
         )
         self.defaults.update(self._subspace_defaults)
-        if subspace.get("tolerance") is not None and all(g["rank"] is None for g in self.param_groups):
-            raise ValueError("tolerance needs a rank, which is its cap")
+        tolerance = subspace.get("tolerance")
+        if tolerance is not None and all(g["rank"] is None for g in self.param_groups):
+            raise ValueError(f"tolerance needs a rank, its cap, got tolerance={tolerance} and rank=None")
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group, its subspace keys completed by its preset and the optimizer's defaults."""
@@ -157,8 +158,11 @@ class GaLoreAdamW(AdamW):
         # A copy or an unpickled optimizer has its defaults, but no attribute of ours.
         defaults = getattr(self, "_subspace_defaults", self.defaults)
         keys = {**resolve(param_group, defaults), "schema_version": SCHEMA_VERSION}
-        if keys["rank"] is None and param_group.get("tolerance") is not None:
-            raise ValueError("a group with tolerance needs a rank, which is its cap")
+        tolerance = param_group.get("tolerance")
+        if keys["rank"] is None and tolerance is not None:
+            raise ValueError(
+                f"a group with tolerance needs a rank, its cap, got tolerance={tolerance} and rank=None"
+            )
         check_group({**self.defaults, **param_group, **keys})
         super().add_param_group({**param_group, **keys})
 

@@ -97,6 +97,11 @@ def _check_number(name: str, value: object, valid: Any, allowed: str) -> None:
 class SubspaceOptions:
     """The subspace of a group's parameters.
 
+    Not together: ``proj_type="full"`` or ``"tucker"`` with `tolerance`, `residual`, `basis_from` or
+    `stochastic_rounding`; `tolerance` with ``projector="svd"`` or ``moments="keep"``; ``refresh_at="end"`` with
+    ``residual="feedback"`` or ``moments="reset"``; that with `stochastic_rounding`; a callable `update_proj_gap`
+    with a `schedule`.
+
     Attributes:
         rank: columns of the basis; None: the group is plain AdamW.  With `tolerance` the cap.
         update_proj_gap: steps from one refresh to the next; 1: every step.  Or a callable that is asked before
@@ -134,11 +139,13 @@ class SubspaceOptions:
             (published); ``"scaled"``, every column as the subspace's share of it is scaled by Adam, its growth
             limited (Fira), a number of state; ``"sign"``, the sign of every entry (FRUGAL), no state;
             ``"normalized"``, its columns and rows divided by their root mean squares in turn (SinkGD), no state;
-            ``"orthogonalized"``, with its singular values made equal (Muon's step, without momentum), no state;
-            ``"feedback"``, added to the next gradient (LDAdam), which needs a tensor as large as the weight.
+            ``"orthogonalized"``, with its singular values made about equal (Muon's step, without momentum), no
+            state; ``"feedback"``, added to the next gradient (LDAdam), which needs a tensor as large as the
+            weight.  docs/residuals.md compares them.
         residual_scale: factor on the residual's step, beside 1 for the step within the subspace.  With
-            ``"sign"`` every entry of a weight moves by ``lr * scale * residual_scale``, with ``"normalized"`` in
-            the root mean square.  With ``"feedback"`` factor on what is fed back.
+            ``"sign"`` every entry of a weight moves by ``lr * scale * residual_scale``; with ``"normalized"`` that
+            is the root mean square, with ``"orthogonalized"`` about it.  With ``"feedback"`` factor on what is
+            fed back.
         arithmetic: ``"torch"``: torch.optim.AdamW's; ``"galore_torch"``: that package's (eps on the
             uncorrected root, decay last, exact SVD in fp32); ``"bitsandbytes"``: decay last.  Concerns plain
             parameters too.
@@ -201,25 +208,27 @@ class SubspaceOptions:
             if self.projector != "range_finder" or self.moments == "keep":
                 raise ValueError(
                     f"tolerance goes with projector='range_finder' and moments='rotate' or 'reset' (ranks change), "
-                    f"got {self.projector!r} and {self.moments!r}"
+                    f"got projector={self.projector!r} and moments={self.moments!r}"
                 )
         if self.min_rank is not None:
             _check_int("min_rank", self.min_rank, 1, "a positive integer or None")
             if self.tolerance is None:
-                raise ValueError(f"min_rank goes with tolerance, got {self.min_rank} and None")
+                raise ValueError(
+                    f"min_rank goes with tolerance, got min_rank={self.min_rank} and tolerance=None"
+                )
             if self.rank is not None and self.min_rank > self.rank:
                 raise ValueError(
-                    f"min_rank must be at most rank, the cap, got {self.min_rank} and {self.rank}"
+                    f"min_rank must be at most rank, the cap, got min_rank={self.min_rank} and rank={self.rank}"
                 )
         if self.residual == "feedback" and self.refresh_at == "end":
-            raise ValueError("residual='feedback' goes with refresh_at='start', got 'end'")
+            raise ValueError("residual='feedback' goes with refresh_at='start', got refresh_at='end'")
         if self.moments == "reset":
             if self.refresh_at == "end":
-                raise ValueError("moments='reset' goes with refresh_at='start', got 'end'")
+                raise ValueError("moments='reset' goes with refresh_at='start', got refresh_at='end'")
             if self.stochastic_rounding:
                 raise ValueError(
                     "stochastic_rounding, whose random numbers go by the count of steps, goes with "
-                    "moments='rotate' or 'keep', got 'reset'"
+                    "moments='rotate' or 'keep', got moments='reset'"
                 )
         for name, allowed in _CHOICES.items():
             if getattr(self, name) not in allowed:
