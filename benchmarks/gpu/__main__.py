@@ -1,6 +1,6 @@
 """The benchmarks of a GPU: `make gpu-bench`, or ``python -m benchmarks.gpu``.
 
-    python -m benchmarks.gpu [--device cuda] [--quick] [--seconds 540] [--out build/gpu_bench.json]
+    python -m benchmarks.gpu [--device cuda] [--quick] [--seconds 540] [--out build/gpu-bench.json]
 
 Medians of CUDA events, both sides of a comparison interleaved in one run after a round that warms up.  Tables go
 to stdout, the same numbers with the device's name to a JSON file, and at the end what the time limit, the memory
@@ -28,7 +28,7 @@ def main() -> None:
     )
     parser.add_argument("--seconds", type=float, default=540.0, help="begin nothing after these")
     parser.add_argument(
-        "--out", type=Path, default=Path("build/gpu_bench.json"), metavar="FILE", help="the JSON"
+        "--out", type=Path, default=Path("build/gpu-bench.json"), metavar="FILE", help="the JSON"
     )
     arguments = parser.parse_args()
     report = Report(arguments.device, arguments.seconds, arguments.quick, arguments.out)
