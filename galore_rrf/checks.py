@@ -24,7 +24,7 @@ def did_you_mean(key: str) -> str:
 
 def check_torchs_alone(group: dict[str, Any]) -> str | None:
     """Raises for options that torch's own step has alone; what makes the group's steps ours, if anything does."""
-    reason = "rank, which is projected" if group["rank"] is not None else None
+    reason = f"rank={group['rank']}" if group["rank"] is not None else None
     for key in ("state_dtype", "arithmetic"):
         if reason is None and group[key] != getattr(SubspaceOptions, key):
             reason = f"{key}={group[key]!r}"
