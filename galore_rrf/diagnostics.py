@@ -105,9 +105,8 @@ class Observations:
         for p, state, elapsed, one in zip(params, states, seconds, told, strict=True):
             seen = self._seen.setdefault(p, _Seen())
             gradient, projected, cosine = one.measures
-            measured = one.stepped and not math.isnan(gradient)
-            if measured or one.refreshed:
-                seen.after = one.taken - state["last_refresh"] if measured else None
+            if one.stepped and not math.isnan(gradient):
+                seen.after = one.taken - state["last_refresh"]
                 seen.gradient, seen.projected = gradient, projected
             if one.refreshed:
                 seen.cosine = cosine

@@ -115,7 +115,7 @@ def learn(state: dict[str, Any], gap: int | Due, told: Told) -> None:
     else:
         if not math.isnan(cosine):
             state["cosine"] = min(cosine, 1.0)
-            if "interval" in state and not callable(gap):
+            if not callable(gap):
                 state["interval"] = _adapted(state, gap)
         state["energy"] = 0.0
     state["energy_now"] = now

@@ -23,7 +23,7 @@ from training import (
 )
 
 from galore_rrf import GaLoreAdamW, state_bytes
-from galore_rrf.diagnostics import squared_cosine
+from galore_rrf.diagnostics import Observations, squared_cosine
 from galore_rrf.outcomes import Outcomes, Told
 from galore_rrf.subspace import BOTH, RIGHT, TUCKER
 
@@ -134,6 +134,10 @@ def test_angles_that_are_known():
     stack = torch.stack([wide, torch.zeros_like(wide), wide])
     old = torch.stack([q[:, :5], q[:, :5], torch.zeros_like(wide)])
     assert float(squared_cosine(old, stack)) == pytest.approx(float(squared_cosine(q[:, :5], wide)))
+    rounded = q[:, :3].bfloat16(), turned.bfloat16()
+    assert float(squared_cosine(*rounded)) == pytest.approx(
+        float(squared_cosine(*(x.double() for x in rounded)))
+    )
 
 
 def test_what_is_not_measured_is_no_number():
@@ -162,6 +166,24 @@ def test_what_is_not_measured_is_no_number():
         record = only(other)
         assert (record.refreshes, record.since_refresh, record.refresh_seconds) == (2, 0, 0.0)
         assert all(math.isnan(getattr(record, name)) for name in MEASURED)
+
+
+def test_records_at_the_limits():
+    """Guards against roots of negative numbers and shares over 1 where all is kept, but for rounding, numbers of a
+    gradient of zero, times of refreshes that were not timed, and angles of the refresh before the last."""
+    p, seen = torch.nn.Parameter(torch.zeros(4, 4)), Observations()
+    state = {"side": RIGHT, "rank": 2, "refreshes": 2, "last_refresh": 5}
+
+    def record(seconds, *measures):
+        seen.note([p], [state], [seconds], [Told(5, stepped=True, refreshed=True, measures=measures)])
+        return seen.record("w", p, state, 6)
+
+    found = record(0.5, 4.0, 4.0 + 1e-6, 1.0 + 1e-6)
+    assert [getattr(found, name) for name in MEASURED] == [2.0, 0.0, 1.0, 1.0, 0.0]
+    assert found.refresh_seconds == 0.5
+    found = record(0.0, 0.0, 0.0, math.nan)
+    assert (found.gradient_norm, found.residual_norm) == (0.0, 0.0)
+    assert all(map(math.isnan, (found.energy_kept, found.squared_cosine, found.angle, found.refresh_seconds)))
 
 
 def test_between_refreshes():

@@ -74,6 +74,7 @@ def test_a_step_before_a_capture_is_counted_without_a_call(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     one = state(4, 1, 0)
     outcomes, event = Outcomes(), Event()
+    outcomes._captured = True  # of another graph
     outcomes._taken[one["step"]] = 4
     monkeypatch.setattr(Outcomes, "taken", lambda self, s: self._taken[s["step"]])
     told = torch.tensor([255], dtype=torch.uint8)
@@ -98,6 +99,18 @@ def test_replays_are_counted_by_the_device(monkeypatch):
     )
     outcomes.settle()
     assert len(outcomes._taken) == 0  # read again when asked for
+    outcomes._taken[one["step"]] = 5
+    outcomes.settle()
+    assert len(outcomes._taken) == 0, "after replays alone"
+
+
+def test_a_count_on_a_device_is_known_once_it_was_read():
+    """Guards against a capture that waits for a count."""
+    outcomes, one = Outcomes(), {"step": torch.zeros((), device="meta")}  # any but the CPU
+    assert not outcomes.is_known(one)
+    outcomes._taken[one["step"]] = 4
+    assert outcomes.is_known(one)
+    assert outcomes.is_known(state())
 
 
 @pytest.mark.usefixtures("_not_capturing")

@@ -67,6 +67,13 @@ def test_phases_share_the_cost_evenly(gap):
         assert max(loads.values()) - min(loads.values()) <= max(costs)
 
 
+def test_phases_that_are_known():
+    """Guards against a turn for what costs nothing, plain parameters, and against the cheapest first."""
+    assert phases((0, 4, 0, 4), 10)[1::2] == (0, 5)
+    first, second, both = phases((1, 1, 2), 2)
+    assert first == second != both
+
+
 def test_every_refresh_comes_in_its_turn(device):
     """Guards against refreshes that come too often or rarely, or together: one a step, each every interval."""
     gap = len(SHAPES)
@@ -74,6 +81,8 @@ def test_every_refresh_comes_in_its_turn(device):
     found = refreshed_at(opt, params, range(4 * gap))
     assert all(steps[0] == 0 for steps in found)
     assert sorted(steps[1] for steps in found) == list(range(1, gap + 1))
+    costs = tuple(p.numel() * 4 for p in params)
+    assert tuple(steps[1] % gap for steps in found) == phases(costs, gap)
     assert all(b - a == gap for steps in found for a, b in itertools.pairwise(steps[1:]))
 
 
@@ -217,6 +226,8 @@ def test_intervals_stay_between_one_and_the_most():
         assert state["interval"] == min(least, 2 * MOST)
     assert not is_due(state, 10 + MOST - 1, "adaptive", 1, 0, resets=False)
     assert is_due(state, 10 + MOST, "adaptive", 1, 0, resets=False)
+    learn(state, 1, Told(5, stepped=True, refreshed=True, measures=(1.0, 1.0, 0.0)))
+    assert state["interval"] == MOST // 2
 
 
 @pytest.mark.parametrize("measures", [(math.nan, math.nan, math.nan), (0.0, 0.0, math.nan), (math.inf,) * 3])
@@ -227,6 +238,14 @@ def test_what_is_not_measured_teaches_nothing(measures):
     learn(state, 8, Told(5, stepped=True, refreshed=False, measures=measures))
     learn(state, 8, Told(5, stepped=False, refreshed=False, measures=(1.0, 0.1, math.nan)))
     assert state == before
+
+
+def test_what_rounding_exceeds_is_one():
+    """Guards against shares over 1, with which a state is saved and not loaded."""
+    state = {"interval": 8, "energy": 0.0, "energy_now": 0.0, "cosine": 0.0}
+    for refreshed in (True, False):
+        learn(state, 8, Told(5, stepped=True, refreshed=refreshed, measures=(1.0, 1.0 + 1e-7, 1.0 + 1e-7)))
+    assert (state["energy"], state["energy_now"], state["cosine"]) == (1.0, 1.0, 1.0)
 
 
 @pytest.mark.parametrize("keys", [{"tolerance": 0.3}, {"projector": "svd"}, {"proj_type": "full"}], ids=str)
@@ -313,10 +332,11 @@ def test_a_callable_that_raises_leaves_all_as_it_was(device):
     assert int(opt.state[params[0]]["step"]) == 3
 
 
-def test_an_answer_that_is_no_bool_is_refused(device):
-    """Guards against a callable without `return`, which would never refresh."""
-    params, opt = make(device, {"update_proj_gap": lambda progress: None}, SHAPES[:1])
-    with pytest.raises(TypeError, match=r"update_proj_gap returned None for w0 \(must be True or False"):
+@pytest.mark.parametrize("answer", [None, 0, 1.0], ids=str)
+def test_an_answer_that_is_no_bool_is_refused(device, answer):
+    """Guards against a callable without `return`, which would never refresh, or one that returns an interval."""
+    params, opt = make(device, {"update_proj_gap": lambda progress: answer}, SHAPES[:1])
+    with pytest.raises(TypeError, match=rf"update_proj_gap returned {answer} for w0 \(must be True or False"):
         train(opt, params, range(1))
 
 
