@@ -100,7 +100,7 @@ class SubspaceOptions:
     Not together: ``proj_type="full"`` or ``"tucker"`` with `tolerance`, `residual`, `basis_from` or
     `stochastic_rounding`; `tolerance` with ``projector="svd"`` or ``moments="keep"``; ``refresh_at="end"`` with
     ``residual="feedback"`` or ``moments="reset"``; that with `stochastic_rounding`; a callable `update_proj_gap`
-    with a `schedule`.
+    with a `schedule` other than ``"fixed"``.
 
     Attributes:
         rank: columns of the basis; None: the group is plain AdamW.  With `tolerance` the cap.
