@@ -16,6 +16,7 @@ from galore_rrf.ops import range_finder
 LAYERS, HIDDEN, INTERMEDIATE, RANK = 8, 512, 1376, 128
 SHAPES = LAYERS * [*4 * [(HIDDEN, HIDDEN)], *2 * [(INTERMEDIATE, HIDDEN)], (HIDDEN, INTERMEDIATE)]
 NEVER = 10**9
+RESIDUALS = ("sign", "normalized", "orthogonalized", "scaled", "feedback")
 
 
 def decaying_gradient(m: int, n: int) -> Tensor:
@@ -74,7 +75,7 @@ def main() -> None:
         "warm bf16": stepper(torch.bfloat16, update_proj_gap=1, sketch="warm"),
         "8 bits": stepper(update_proj_gap=NEVER, state_dtype=torch.uint8),
         "warm, 8 bits": stepper(update_proj_gap=1, sketch="warm", state_dtype=torch.uint8),
-        **{mode: stepper(update_proj_gap=NEVER, residual=mode) for mode in ("sign", "scaled", "feedback")},
+        **{mode: stepper(update_proj_gap=NEVER, residual=mode) for mode in RESIDUALS},
         "sign bf16": stepper(torch.bfloat16, update_proj_gap=NEVER, residual="sign"),
     }
     ms = interleaved({"peer": stepper(cls=galore_torch, update_proj_gap=NEVER, **published), **ours}, 21)
@@ -117,10 +118,8 @@ def main() -> None:
                 row("bf16 weights, step with refresh, warm", ms["warm bf16"], "fp32", ms["warm"], "<= 1.3"),
                 row("8-bit moments, step without refresh", ms["8 bits"], "fp32", ms["ours"], ""),
                 row("8-bit moments, step with refresh, warm", ms["warm, 8 bits"], "fp32", ms["warm"], ""),
-                row("residual: signs", ms["sign"], "dropped", ms["ours"], ""),
-                row("residual: scaled", ms["scaled"], "dropped", ms["ours"], ""),
-                row("residual: feedback", ms["feedback"], "dropped", ms["ours"], ""),
-                row("bf16 weights, residual: signs", ms["sign bf16"], "dropped", ms["ours bf16"], ""),
+                *(row(f"residual: {mode}", ms[mode], "dropped", ms["ours"], "") for mode in RESIDUALS),
+                row("bf16 weights, residual: sign", ms["sign bf16"], "dropped", ms["ours bf16"], ""),
             ],
         )
     )
