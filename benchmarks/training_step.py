@@ -1,0 +1,80 @@
+"""A training step of the 60M Llama under each preset, against AdamW: ``python -m benchmarks.training_step``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from benchmarks.llama_60m import HIDDEN, INTERMEDIATE, LAYERS, RANK
+from benchmarks.timing import interleaved, table
+from galore_rrf import GaLoreAdamW, param_groups, state_bytes
+
+BATCH, LENGTH, VOCABULARY = 4, 256, 32_000
+CYCLE = 10  # steps, of which one refreshes all subspaces
+RULES: dict[str, dict[str, Any]] = {
+    "default": {"preset": "default"},
+    "best": {"preset": "best"},
+    "best, orthogonalized": {"preset": "best", "residual": "orthogonalized"},
+}
+
+
+def llama() -> nn.Module:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=HIDDEN,
+        intermediate_size=INTERMEDIATE,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=8,
+        use_cache=False,
+    )
+    return LlamaForCausalLM(config)
+
+
+def main() -> None:
+    model = llama()
+    windows = torch.randint(VOCABULARY, (BATCH, LENGTH + 1))
+
+    def forward_and_backward() -> None:
+        model.zero_grad(set_to_none=False)
+        logits: Tensor = model(input_ids=windows[:, :-1]).logits
+        nn.functional.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten()).backward()
+
+    # Rates at which weights stay as they are, near enough: all of them step the one model.
+    optimizers: dict[str, torch.optim.Optimizer] = {
+        "AdamW, fused": torch.optim.AdamW(model.parameters(), lr=1e-9, fused=True),
+        **{
+            name: GaLoreAdamW(param_groups(model, rank=RANK, lr=1e-9, plain_lr=1e-9, **keys), fused=True)
+            for name, keys in RULES.items()
+        },
+    }
+
+    def cycle(optimizer: torch.optim.Optimizer) -> Callable[[], None]:
+        def steps() -> None:
+            for _ in range(CYCLE):
+                optimizer.step()
+
+        return steps
+
+    forward_and_backward()
+    work = {"forward and backward": forward_and_backward}
+    ms = interleaved(work | {name: cycle(opt) for name, opt in optimizers.items()}, rounds=7)
+    passes = ms.pop("forward and backward")
+    per_step = {name: time / CYCLE for name, time in ms.items()}
+    first = next(iter(per_step.values()))
+    rows = [
+        (name, f"{step:.0f}", f"{(passes + step) / (passes + first):.2f}", f"{state_bytes(opt) / 2**20:.0f}")
+        for (name, step), opt in zip(per_step.items(), optimizers.values(), strict=True)
+    ]
+    print(
+        f"\nThe 60M Llama, rank {RANK}, {BATCH} x {LENGTH} tokens: forward and backward take {passes:.0f} ms\n"
+    )
+    print(table(("optimizer", "ms a step", "training step over AdamW's", "state MiB"), rows))
+
+
+if __name__ == "__main__":
+    main()
