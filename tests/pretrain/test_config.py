@@ -15,7 +15,10 @@ import galore_rrf.options
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
-RUNNABLE = [path for path in CONFIGS if not path.name.startswith(("compare", "evidence", "pretrain"))]
+# What has rows is a comparison, what begins with pretrain is laid over others.
+RUNNABLE = [
+    path for path in CONFIGS if "rows" not in read_yaml(path) and not path.name.startswith("pretrain")
+]
 
 
 def written(folder, **fields):
