@@ -348,7 +348,7 @@ def _moved(
     moved: dict[str, Any] = {"basis": basis.to(state["basis"].dtype), "rank": basis.shape[-1]}
     steps = float(state["step"])
     rotated: Sequence[Tensor] = ()
-    if steps == 0 or state["refreshes"] == 0 or options.moments == "reset":
+    if steps == 0 or options.moments == "reset":
         shape, _ = state_shapes(grad, state["side"], basis.shape[-1])
         rotated = [projected.new_zeros(shape) for _ in moments.NAMES]
     elif options.moments == "rotate" or basis.shape[-1] != state["rank"]:

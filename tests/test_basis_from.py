@@ -159,17 +159,22 @@ def test_an_average_finds_what_single_gradients_hide(device):
 
 
 def test_an_average_follows_the_option_and_the_dtype(device):
-    """Guards against an average that stays when it is not wanted, or in another dtype than its weight's."""
+    """Guards against an average that stays when it is not wanted, begins again with another option, or is in another
+    dtype than its weight's."""
     w, opt = make(device, (24, 16), torch.float32)
     train(opt, [w], range(2))
     opt.param_groups[0]["basis_from"] = "average"
     train(opt, [w], range(2, 4))
-    assert opt.state[w]["average"].shape == (24, 16)
-    w.data = w.data.bfloat16()
+    before = opt.state[w]["average"].clone()
+    assert before.shape == (24, 16)
+    opt.param_groups[0]["schedule"] = "adaptive"
     train(opt, [w], range(4, 5))
+    torch.testing.assert_close(opt.state[w]["average"], BETAS[0] * before + (1 - BETAS[0]) * w.grad)
+    w.data = w.data.bfloat16()
+    train(opt, [w], range(5, 6))
     assert opt.state[w]["average"].dtype == torch.bfloat16
     opt.param_groups[0]["basis_from"] = "momentum"
-    train(opt, [w], range(5, 6))
+    train(opt, [w], range(6, 7))
     assert "average" not in opt.state[w]
 
 

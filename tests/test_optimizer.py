@@ -1,6 +1,7 @@
 """GaLoreAdamW while it trains: plain groups, the refresh schedule, tolerance, state, memory, learning."""
 
 import copy
+import itertools
 import math
 import os
 import subprocess
@@ -25,7 +26,7 @@ from training import (
     weight,
 )
 
-from galore_rrf import GaLoreAdamW, ops
+from galore_rrf import GaLoreAdamW, ops, reference
 from galore_rrf.subspace import SCHEMA_VERSION, as_matrices, bases_of
 
 pytestmark = pytest.mark.core
@@ -392,26 +393,31 @@ def test_tolerance_stops_at_the_cap(device):
     check_state(w, opt.state[w], 7)
 
 
+@pytest.mark.parametrize(
+    "changed", [{}, {"tolerance": None, "rank": 20, "moments": "keep"}], ids=["by_tolerance", "by_the_group"]
+)
 @pytest.mark.parametrize("shape", [(60, 40), (40, 60)], ids=str)
-def test_moments_are_rotated_into_another_rank(device, shape):
-    """Guards against moments lost or misread where the rank changes."""
+def test_moments_are_rotated_into_another_rank(device, shape, changed):
+    """Guards against moments lost or misread where the rank changes, kept ones too."""
     w = torch.nn.Parameter(torch.zeros(shape, device=device))
     opt = GaLoreAdamW([{"params": [w], "rank": 30, "tolerance": 0.1, "update_proj_gap": 2}])
     for step in range(2):
         w.grad = spectrum_gradient(shape, 0.85, step, device)
         opt.step()
     old = {k: v.double() for k, v in opt.state[w].items() if isinstance(v, torch.Tensor)}
+    opt.param_groups[0].update(changed)
     w.grad = spectrum_gradient(shape, 0.7, 3, device)
     opt.step()
     state = opt.state[w]
     assert state["rank"] != old["basis"].shape[1]
     q, g = state["basis"].double(), w.grad.double()
-    s = q.mT @ old["basis"]
-    if state["side"] == 0:
-        expected = 0.9 * old["exp_avg"] @ s.mT + 0.1 * g @ q
-    else:
-        expected = 0.9 * s @ old["exp_avg"] + 0.1 * q.mT @ g
-    torch.testing.assert_close(state["exp_avg"].double(), expected, rtol=1e-4, atol=1e-6)
+    mean, square = reference.rotate_moments(
+        *(old[key] for key in ("exp_avg", "exp_avg_sq", "basis")), q, state["side"], 1 - 0.9**2, 1 - 0.999**2
+    )
+    r = g @ q if state["side"] == 0 else q.mT @ g
+    torch.testing.assert_close(state["exp_avg"].double(), 0.9 * mean + 0.1 * r, rtol=1e-4, atol=1e-6)
+    expected = 0.999 * square + 0.001 * r.square()
+    torch.testing.assert_close(state["exp_avg_sq"].double(), expected, rtol=1e-4, atol=1e-8)
 
 
 # --- State --------------------------------------------------------------------------------------------
@@ -477,6 +483,25 @@ def test_seed_decides_and_the_global_generator_is_left_alone(device, seed):
         results.append(opt.state[w]["basis"])
     assert same(results[0], results[1])
     assert not same(results[0], results[2])
+
+
+@pytest.mark.parametrize(
+    "keys", [{}, {"basis_from": "average"}, {"proj_type": "full"}, {"tolerance": 0.3}], ids=str
+)
+def test_what_chooses_the_test_matrices(device, keys):
+    """Guards against sketches of one gradient that are the same for two seeds, matrices or refreshes."""
+    g = torch.randn(30, 40, generator=torch.Generator().manual_seed(1)).to(device)
+    found = []
+    for seed in (0, 1):
+        params = [torch.nn.Parameter(torch.zeros_like(g)) for _ in range(2)]
+        opt = GaLoreAdamW(params, rank=12, update_proj_gap=1, sketch="plain", seed=seed, **keys)
+        for _ in range(2):
+            for p in params:
+                p.grad = g
+            opt.step()
+            found += [opt.state[p]["basis"].clone() for p in params]
+    for a, b in itertools.combinations(found, 2):
+        assert a.shape != b.shape or float((a - b).abs().max()) > 1e-3
 
 
 @pytest.mark.parametrize("keys", [{}, {"projector": "svd"}, {"tolerance": 0.3}], ids=str)

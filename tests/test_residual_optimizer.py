@@ -43,17 +43,21 @@ def test_feedback_in_the_optimizer_loses_nothing(device, keys, maximize):
     ],
 )
 def test_state_follows_the_mode(device, residual, entries):
-    """Guards against state where none is needed, and a mode changed while training that finds none."""
+    """Guards against state where none is needed, a mode changed while training that finds none, and a model cast on
+    whose state stays behind."""
     params = [torch.nn.Parameter(torch.ones(s, device=device)) for s in ((9, 12), (2, 9, 12), (6, 3, 3, 3))]
     opt = GaLoreAdamW(params, rank=2, residual=residual)
-    for mode in (residual, "drop", residual):
+    modes = [(mode, torch.float32) for mode in (residual, "drop", residual)]
+    for mode, dtype in (*modes, (residual, torch.bfloat16), (residual, torch.float64)):
         opt.param_groups[0]["residual"] = mode
         for p in params:
-            p.grad = torch.randn(p.shape, generator=generator(4)).to(device)
+            p.data = p.data.to(dtype)
+            p.grad = torch.randn(p.shape, generator=generator(4)).to(p)
         opt.step()
         plain = {"step", "exp_avg", "exp_avg_sq", "basis", "rank", "side", "key", "refreshes", "last_refresh"}
         for p in params:
             assert set(opt.state[p]) == (plain if mode == "drop" else plain | entries)
+            assert {opt.state[p][name].dtype for name in {"basis", "error"} & opt.state[p].keys()} == {dtype}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
