@@ -125,6 +125,10 @@ def test_what_projected_groups_cannot_do_is_refused(option, where):
     group = {"params": [weight("default")], "rank": 4}
     with pytest.raises(ValueError, match=f"Invalid {option}: True"):
         GaLoreAdamW([{**group, option: True}]) if where == "group" else GaLoreAdamW([group], **{option: True})
+    opt = GaLoreAdamW([group])
+    opt.param_groups[0][option] = True
+    with pytest.raises(ValueError, match=f"Invalid {option}: True"):
+        opt.step()
 
 
 @pytest.mark.parametrize(

@@ -452,6 +452,16 @@ def test_checkpoint_of_torch_adamw_is_refused_where_parameters_are_projected():
     assert same(snapshot(opt), before)
 
 
+def test_loading_leaves_nothing_behind():
+    """Guards against loads that check the files of all loads before, and keep their states."""
+    opt = started("default", 4)
+    hooks = dict(opt._optimizer_load_state_dict_pre_hooks)
+    attributes = set(vars(opt))
+    opt.load_state_dict(saved_and_loaded(opt.state_dict()))
+    assert dict(opt._optimizer_load_state_dict_pre_hooks) == hooks
+    assert set(vars(opt)) == attributes
+
+
 def test_loading_does_not_change_the_dict():
     """Guards against a state dict that can be loaded once."""
     saved = started("default", 3).state_dict()

@@ -162,7 +162,9 @@ def test_what_is_not_measured_is_no_number():
     assert only(opt).angle > 0
     twin = optimizer("default", copy.deepcopy(w), bias())
     twin.load_state_dict(saved_and_loaded(opt.state_dict()))
-    for other in (twin, copy.deepcopy(opt), pickle.loads(pickle.dumps(opt))):
+    copies = copy.deepcopy(opt), pickle.loads(pickle.dumps(opt))
+    opt.load_state_dict(opt.state_dict())
+    for other in (twin, *copies, opt):
         record = only(other)
         assert (record.refreshes, record.since_refresh, record.refresh_seconds) == (2, 0, 0.0)
         assert all(math.isnan(getattr(record, name)) for name in MEASURED)
@@ -199,7 +201,33 @@ def test_between_refreshes():
     assert later.measured_after == 0
 
 
-@pytest.mark.parametrize("keys", [{}, {"tolerance": 0.3}, {"projector": "svd"}, {"proj_type": "full"}])
+@pytest.mark.parametrize("proj_type", ["std", "full"])
+def test_resets_at_every_step(proj_type):
+    """Guards against a step that passes for none, since its count begins again, and numbers of one that is none."""
+    w = torch.nn.Parameter(torch.randn(12, 8))
+    keys = {"proj_type": proj_type, "moments": "reset", "schedule": "adaptive", "update_proj_gap": 1}
+    opt = GaLoreAdamW([{"params": [w], "rank": 3, **keys}])
+    w.grad = torch.randn_like(w)
+    for _ in range(2):
+        opt.step()
+        record = only(opt)
+        assert (record.steps, record.since_refresh, record.measured_after) == (1, 0, 0)
+        assert opt.state[w]["energy_now"] == pytest.approx(record.energy_kept)
+    w.grad = torch.full_like(w, math.inf)
+    opt.step()
+    assert only(opt) == record
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {},
+        {"tolerance": 0.3},
+        {"projector": "svd"},
+        {"projector": "svd", "refresh_at": "end"},
+        {"proj_type": "full"},
+    ],
+)
 def test_seconds_add_up(keys):
     """Guards against time that no parameter has, or two."""
     shapes = [(24, 16), (64, 96), (16, 40)]
@@ -315,6 +343,19 @@ def test_hooks_hear_of_refreshes():
     assert other.names == expected
 
 
+def test_hooks_that_come_and_go():
+    """Guards against a hook that hears of refreshes from before it was there, and one that may not remove itself."""
+    opt, heard, calls = two_gaps(), Heard(), []
+    train(opt, params_of(opt), [1])
+    handle = opt.register_refresh_hook(lambda *_: (calls.append(1), handle.remove()))
+    opt.register_refresh_hook(heard)
+    train(opt, params_of(opt), [2])
+    assert heard.calls == []
+    train(opt, params_of(opt), [3, 4])
+    assert heard.names == [["a"], ["b"]]
+    assert calls == [1]
+
+
 def test_a_hook_that_raises():
     """Guards against a step that is half taken, or told twice, because of a hook."""
     torch.manual_seed(0)
@@ -384,8 +425,9 @@ def test_a_step_that_is_known_later(device):
         set_gradients(params_of(late), step)
         late.step()
         assert len(heard.calls) == known + (step in (2, 4, 5, 6)), "at the beginning of the next step"
-        if step == 3:
-            late.state_dict()  # settles, and tells no hook
+        if step in (3, 5):
+            (late.state_dict if step == 3 else late.__getstate__)()  # settles, and tells no hook
+            assert late._outcomes.late == []
     assert heard.names == straight.names[:-1]
     said = ("name", "steps", "since_refresh", *MEASURED[:3])
     for (_, found), (_, expected) in zip(heard.calls, straight.calls, strict=False):

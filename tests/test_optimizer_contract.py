@@ -232,6 +232,14 @@ def test_wrong_params_are_refused_as_torch_refuses_them(params, rank):
     assert error_of(lambda: GaLoreAdamW(params(), rank=rank)) == theirs
 
 
+@pytest.mark.parametrize("rank", [None, 2])
+def test_params_of_a_group_may_be_an_iterator(rank):
+    """Guards against parameters that a check has used up, so that nobody trains them."""
+    params = [torch.nn.Parameter(torch.ones(4, 5)) for _ in range(2)]
+    opt = GaLoreAdamW([{"params": iter(params), "rank": rank}])
+    assert list(map(id, params_of(opt))) == list(map(id, params))
+
+
 def test_parameter_twice_in_a_plain_group_warns_as_torch_does(device):
     """Guards against a difference to torch, which warns and trains it twice."""
     runs = []
@@ -437,7 +445,10 @@ def test_parameters_are_freed_with_the_optimizer(device):
 
 @pytest.mark.parametrize(
     ("before", "after"),
-    [({"rank": None}, {"rank": 4}), ({"rank": 4}, {"rank": None}), ({"rank": 4}, {"rank": 20})],
+    [
+        *(({"rank": None}, {"rank": 4}), ({"rank": 4}, {"rank": None}), ({"rank": 4}, {"rank": 20})),
+        ({"rank": 4, "arithmetic": "bitsandbytes"}, {"rank": None}),
+    ],
     ids=str,
 )
 def test_change_to_another_kind_of_state_is_refused(device, before, after):

@@ -123,6 +123,19 @@ def test_a_step_that_failed_is_not_counted():
     assert list(outcomes._taken.values()) == [3]
 
 
+def test_an_optimizer_forgets_what_a_step_that_failed_had_taken(monkeypatch):
+    """Guards against a count that goes on from before a step of which nobody knows how far it came."""
+    w = torch.nn.Parameter(torch.ones(6, 9))
+    opt = GaLoreAdamW([w], rank=2)
+    w.grad = torch.rand_like(w)
+    opt.step()
+    opt._outcomes._taken[opt.state[w]["step"]] = 1
+    monkeypatch.setattr("galore_rrf.ops.projected_adamw_", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        opt.step()
+    assert len(opt._outcomes._taken) == 0
+
+
 def test_on_a_cpu_outcomes_are_known_at_once():
     """Guards against a schedule that lags where nothing has to be waited for."""
     outcomes, states = Outcomes(), [state(8, 2, 5), state(7, 2, 5)]

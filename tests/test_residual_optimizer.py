@@ -32,6 +32,23 @@ def test_feedback_in_the_optimizer_loses_nothing(device, keys, maximize):
     torch.testing.assert_close(total, 9 * moment + error, rtol=0, atol=1e-11)
 
 
+def test_refreshes_made_elsewhere_see_what_is_fed_back(device):
+    """Guards against a basis of the gradient alone, or an error at another scale; with beta1 = 0 the moment is R."""
+    w = torch.nn.Parameter(torch.randn(31, 20, dtype=torch.float64, generator=generator(2)).to(device))
+    keys = {"projector": "svd", "residual": "feedback", "residual_scale": 0.7, "update_proj_gap": 1}
+    opt = GaLoreAdamW([w], rank=5, betas=(0.0, 0.9), **keys)
+    error = torch.zeros_like(w.data)
+    for number in range(3):
+        w.grad = torch.randn(w.shape, dtype=w.dtype, generator=generator(30 + number)).to(device)
+        fed = w.grad + 0.7 * error
+        opt.step()
+        state = opt.state[w]
+        q, error = state["basis"], state["error"].clone()
+        best = torch.linalg.svd(fed.cpu()).Vh[:5].mT
+        torch.testing.assert_close((q @ q.mT).cpu(), best @ best.mT, rtol=0, atol=1e-10)
+        torch.testing.assert_close(state["exp_avg"], fed @ q, rtol=0, atol=1e-10)
+
+
 @pytest.mark.parametrize(
     ("residual", "entries"),
     [
