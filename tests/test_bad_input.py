@@ -76,6 +76,39 @@ REFUSED = {
     "tolerance_without_rank": ({"rank": None, "tolerance": 0.1}, ValueError, "tolerance needs a rank"),
     "tolerance_svd": ({"tolerance": 0.1, "projector": "svd"}, ValueError, "tolerance goes with"),
     "tolerance_keep": ({"tolerance": 0.1, "moments": "keep"}, ValueError, "tolerance goes with"),
+    "min_rank_zero": (
+        {"tolerance": 0.1, "min_rank": 0},
+        ValueError,
+        r"Invalid min_rank: 0 \(must be a positive",
+    ),
+    "min_rank_float": ({"tolerance": 0.1, "min_rank": 2.0}, TypeError, r"Invalid min_rank: 2\.0"),
+    "min_rank_alone": (
+        {"min_rank": 2},
+        ValueError,
+        "min_rank goes with tolerance, got min_rank=2 and tolerance=None",
+    ),
+    "min_rank_large": (
+        {"rank": 4, "tolerance": 0.1, "min_rank": 5},
+        ValueError,
+        "min_rank must be at most rank, the cap, got min_rank=5 and rank=4",
+    ),
+    "refresh_at": ({"refresh_at": "once"}, ValueError, r"Invalid refresh_at: 'once' .*'start', 'end'"),
+    "feedback_at_end": (
+        {"residual": "feedback", "refresh_at": "end"},
+        ValueError,
+        "residual='feedback' goes with refresh_at='start', got refresh_at='end'",
+    ),
+    "reset_at_end": (
+        {"moments": "reset", "refresh_at": "end"},
+        ValueError,
+        "moments='reset' goes with refresh_at='start', got refresh_at='end'",
+    ),
+    "reset_rounding": (
+        {"moments": "reset", "stochastic_rounding": True},
+        ValueError,
+        "stochastic_rounding, .* goes with moments='rotate' or 'keep', got moments='reset'",
+    ),
+    "rounding_int": ({"stochastic_rounding": 1}, TypeError, r"Invalid stochastic_rounding: 1 \(must be True"),
     "unhashable": ({"sketch": ["warm"]}, (ValueError, TypeError), r"Invalid sketch: \['warm'\]"),
 }
 
