@@ -264,11 +264,18 @@ def test_kept_moments_with_frequent_refreshes_warn(keys, often):
 
 @pytest.mark.parametrize(
     "keys",
-    [{"moments": "keep", "update_proj_gap": 50}, {"update_proj_gap": 1}, {"rank": None, "moments": "keep"}],
+    [
+        *(
+            {"moments": "keep", "update_proj_gap": 50},
+            {"update_proj_gap": 1},
+            {"rank": None, "moments": "keep"},
+        ),
+        {"tolerance": 0.1, "min_rank": 4},  # as the cap
+    ],
     ids=str,
 )
 def test_harmless_combinations_do_not_warn(keys):
-    """Guards against warnings nobody needs: warnings are errors here."""
+    """Guards against warnings and errors nobody needs: warnings are errors here."""
     GaLoreAdamW([{"params": [weight("default")], "rank": 4, **keys}])
 
 

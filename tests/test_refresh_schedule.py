@@ -260,6 +260,22 @@ def test_refreshes_made_elsewhere_are_measured_too(device, keys):
         assert 0 < state["energy_now"] == state["energy"] <= 1  # one step after the last refresh
 
 
+def test_what_was_learned_is_saved(device):
+    """Guards against a resumed run that begins at the first interval again, and a file whose numbers are none."""
+    keys = {"schedule": "adaptive", "update_proj_gap": 2}
+    params, opt = make(device, keys, SHAPES[:2])
+    train(opt, params, range(6))
+    settled(opt)[params[0]].update(energy_now=1.0, interval=5)
+    others, other = make(device, keys, SHAPES[:2])
+    other.load_state_dict(saved_and_loaded(opt.state_dict()))
+    assert all(same(dict(opt.state[p]), dict(other.state[q])) for p, q in zip(params, others, strict=True))
+    for key, value in (("interval", 0), ("interval", 2.0), ("energy", 1.5), ("cosine", 1)):
+        saved = opt.state_dict()
+        saved["state"][0] = {**saved["state"][0], key: value}
+        with pytest.raises(ValueError, match=f"{key} of 'w0' must be a .*, got {value}"):
+            other.load_state_dict(saved)
+
+
 # --- A callable ---------------------------------------------------------------------------------------
 
 
