@@ -134,7 +134,7 @@ class OptimizerConfig(BaseModel):
     proj_type: Literal["std", "reverse_std", "left", "right"] | None = None
     """the side that is projected"""
     state_dtype: Literal["fp32", "bf16", "8bit"] | None = None
-    """galore, galore_svd: how all moments are kept; by default fp32, those of plain parameters in their dtype"""
+    """adamw, galore, galore_svd: how all moments are kept; by default fp32, those of plain parameters in their dtype"""
     lora_alpha: PositiveFloat = 32.0
     """lora: the adapters' product is multiplied by lora_alpha / rank"""
 
@@ -156,7 +156,7 @@ class OptimizerConfig(BaseModel):
     """Fields that are passed on to the group of the matrices by their names, unless None: to which optimizers."""
     _USED_BY: ClassVar[dict[str, tuple[str, ...]]] = {
         "rank": (*PROJECTING, "lora"),
-        "state_dtype": OURS,
+        "state_dtype": (*OURS, "adamw"),
         "lora_alpha": ("lora",),
         **_GROUP_KEYS,
     }

@@ -33,16 +33,18 @@ def build_optimizer(model: nn.Module, config: Config) -> Optimizer:
     rest = {"params": plain, "lr": o.lr if o.plain_lr is None else o.plain_lr}
     adam: dict[str, Any] = {"betas": (o.beta1, o.beta2), "eps": o.eps, "weight_decay": o.weight_decay}
     keys = o.group_keys()
+    dtype = STATE_DTYPES[o.state_dtype]
     try:
         if o.name in OURS:
             if o.name == "galore_svd":
                 keys = {**keys, "preset": "published", "projector": "svd"}
             groups = [{**first, "rank": o.rank, **keys}, {**rest, "rank": None}]
-            dtype = STATE_DTYPES[o.state_dtype]
             return galore_rrf.GaLoreAdamW(groups, fused=True, state_dtype=dtype, **adam)
         if o.name in PEERS:
             bare = [{**group, "params": [p for _, p in group["params"]]} for group in (first, rest)]
             return peer(o.name, {**bare[0], "rank": o.rank, **keys}, bare[1], **adam)
+        if o.name == "adamw" and dtype is not None:  # which torch's has not
+            return galore_rrf.GaLoreAdamW([first, rest], fused=True, state_dtype=dtype, **adam)
         if o.name in ("adamw", "lora"):
             return torch.optim.AdamW([first, rest], fused=True, **adam)
         return Together(_control(o, first), torch.optim.AdamW([rest], fused=True, **adam))

@@ -89,7 +89,7 @@ FIELDS = {
     "scales": {
         "small": {"fields": {"a": "scale", "b": "scale"}},
         "wide": {"rates": "lr"},
-        "long": {"rates": "carried", "rows": ["base"], "seeds": [6]},
+        "long": {"rates": "carried", "rows": ["base"], "seeds": [6], "row_fields": {"base": {"a": "here"}}},
     },
     "against": {"slow": ["base"]},
 }
@@ -150,6 +150,7 @@ def test_fields_of_a_training():
         "steps": 9,
     }
     assert trainings.fields(training) == expected
+    assert trainings.fields(Training("long", "base", (1.0, 2.0), 6))["a"] == "here"
     trained(trainings, lambda t: bowl(2, 1)(*t.point))
     alone = trainings.timed()
     assert [(t.scale, t.row) for t in alone] == trainings.entries
@@ -162,6 +163,7 @@ def test_fields_of_a_training():
         ({"baseline": "none"}, "baseline names 'none' (the rows are slow, base)"),
         ({"against": {"slow": ["none"]}}, "against names 'none'"),
         ({"scales": {"x": {"rows": ["none"]}}}, "scales.x.rows names 'none'"),
+        ({"scales": {"x": {"row_fields": {"none": {}}}}}, "scales.x.row_fields names 'none'"),
         ({"scales": {"x": {"rates": "carried"}}}, "rates of the first scale are 'carried'"),
         (
             {"scales": {"x": {"rows": ["base"]}, "y": {"rates": "lr"}}},

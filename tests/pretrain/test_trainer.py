@@ -122,6 +122,12 @@ def test_optimizers_are_what_their_names_say(folder):
         o.param_groups[1]["rank"] is None and o.param_groups[1]["lr"] == 0.02 for o in (ours, published, svd)
     )
     assert len(ours.param_groups[0]["params"]) == 14
+    coded = built(name="adamw", state_dtype="8bit")
+    assert type(coded) is galore_rrf.GaLoreAdamW
+    assert [(g["rank"], g["state_dtype"], g["lr"]) for g in coded.param_groups] == [
+        (None, torch.uint8, 0.01),
+        (None, torch.uint8, 0.02),
+    ]
 
 
 def stepped(folder, steps=4, **optimizer):

@@ -28,7 +28,7 @@ class Scale(BaseModel):
     """A setting that the rows, or the `rows` named, are compared in.
 
     `rates`: ``"swept"`` here too; ``"lr"``: that of the matrices is, that of all else is carried over from the first
-    scale; ``"carried"``: both are.
+    scale; ``"carried"``: both are.  `row_fields`: those of rows that are others here.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -36,6 +36,7 @@ class Scale(BaseModel):
     fields: dict[str, Any] = {}
     rates: Literal["swept", "lr", "carried"] = "swept"
     rows: list[str] | None = None
+    row_fields: dict[str, dict[str, Any]] = {}
     seeds: Annotated[list[NonNegativeInt], Field(min_length=1)] | None = None
 
 
@@ -68,6 +69,7 @@ class Comparison(BaseModel):
         named = {"baseline": [self.baseline] if self.baseline else [], "against": list(self.against)}
         named["against"] += [name for others in self.against.values() for name in others]
         named |= {f"scales.{name}.rows": scale.rows or [] for name, scale in self.scales.items()}
+        named |= {f"scales.{name}.row_fields": list(scale.row_fields) for name, scale in self.scales.items()}
         for where, names in named.items():
             if unknown := [name for name in names if name not in self.rows]:
                 raise ValueError(f"{where} names {unknown[0]!r} (the rows are {', '.join(self.rows)})")

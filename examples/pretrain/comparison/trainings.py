@@ -57,10 +57,12 @@ class Trainings:
         comparison = self.comparison
         lr, plain_lr = training.point
         steps = {"steps": comparison.alone_steps} if training.alone and comparison.alone_steps else {}
+        scale = comparison.scales[training.scale]
         return merged(
             self._base,
-            comparison.scales[training.scale].fields,
+            scale.fields,
             comparison.rows[training.row].fields,
+            scale.row_fields.get(training.row, {}),
             {"optimizer": {"lr": lr, "plain_lr": plain_lr}, "seed": training.seed},
             steps,
         )
