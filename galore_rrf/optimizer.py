@@ -34,7 +34,7 @@ from galore_rrf.diagnostics import (
     names_of,
     squared_cosine,
 )
-from galore_rrf.options import SubspaceKeys, SubspaceOptions, resolve
+from galore_rrf.options import SubspaceKeys, SubspaceOptions, given, resolve
 from galore_rrf.outcomes import Outcomes, Told
 from galore_rrf.param_groups import with_rank
 from galore_rrf.subspace import (
@@ -124,12 +124,13 @@ class GaLoreAdamW(AdamW):
         for key in subspace:
             if key not in SubspaceKeys.__annotations__:
                 raise TypeError(f"GaLoreAdamW got an unexpected keyword argument {key!r}{did_you_mean(key)}")
-        self._subspace_defaults = resolve(subspace)
+        resolved = resolve(subspace)
+        self._subspace_defaults = dict(subspace)
         self._outcomes = Outcomes()
         self._observations = Observations()
         self._refresh_hooks: OrderedDict[int, RefreshHook] = OrderedDict()
         super().__init__(
-            with_rank(params, self._subspace_defaults["rank"]),
+            with_rank(params, resolved["rank"]),
             lr,
             betas,
             eps,
@@ -141,7 +142,7 @@ class GaLoreAdamW(AdamW):
             differentiable=differentiable,
             fused=fused,
         )
-        self.defaults.update(self._subspace_defaults)
+        self.defaults.update(resolved)
         tolerance = subspace.get("tolerance")
         if tolerance is not None and all(g["rank"] is None for g in self.param_groups):
             raise ValueError(f"tolerance needs a rank, its cap, got tolerance={tolerance} and rank=None")
@@ -155,9 +156,9 @@ class GaLoreAdamW(AdamW):
                 raise ValueError(f"Unknown group key {key!r}{did_you_mean(key)}")
         if isinstance(param_group.get("params"), Iterator):  # read here and by torch
             param_group = {**param_group, "params": list(param_group["params"])}
-        # A copy or an unpickled optimizer has its defaults, but no attribute of ours.
-        defaults = getattr(self, "_subspace_defaults", self.defaults)
-        keys = {**resolve(param_group, defaults), "schema_version": SCHEMA_VERSION}
+        if not hasattr(self, "_subspace_defaults"):  # a copy or unpickled, which has defaults alone
+            self._subspace_defaults = given(self.defaults)
+        keys = {**resolve(param_group, self._subspace_defaults), "schema_version": SCHEMA_VERSION}
         tolerance = param_group.get("tolerance")
         if keys["rank"] is None and tolerance is not None:
             raise ValueError(

@@ -145,6 +145,16 @@ def test_buffers_to_the_byte(keys, dtype):
     assert (found.buffers > 0) == bool({"scaled", "feedback", "average"}.intersection(keys.values()))
 
 
+def test_presets_to_the_byte():
+    """Guards against plain parameters counted in the 8 bits that a preset keeps its own group in."""
+    model = nn.ModuleDict({"mlp": nn.Linear(200, 120, bias=False), "head": nn.Linear(200, 50, bias=False)})
+    optimizer = stepped(GaLoreAdamW(param_groups(model, 40, preset="best")))
+    found = estimate(model, "galore", rank=40, projected_state_dtype=torch.uint8, residual="normalized")
+    assert found.state == state_bytes(optimizer)
+    assert found.state < estimate(model, "galore", rank=40).state
+    assert found.state > estimate(model, "galore", rank=40, state_dtype=torch.uint8).state
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("rank", [None, 4])
 def test_mixed_precision_to_the_byte(rank, dtype):

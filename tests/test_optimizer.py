@@ -239,12 +239,21 @@ def test_published_preset_has_the_published_values():
         ({"rank": 7}, {"preset": "published"}, "rank", 7),
         ({"rank": 7}, {"rank": None}, "rank", None),
         ({"rank": 7}, {"rank": 3}, "rank", 3),
+        ({"preset": "default"}, {"rank": 3}, "state_dtype", torch.uint8),
+        ({"preset": "best", "rank": 3}, {}, "state_dtype", torch.uint8),
+        ({"preset": "best", "rank": 3}, {"rank": None}, "state_dtype", None),
+        ({"preset": "best", "rank": 3, "state_dtype": None}, {}, "state_dtype", None),
+        ({"preset": "best", "state_dtype": torch.bfloat16}, {}, "state_dtype", torch.bfloat16),
+        ({"state_dtype": torch.bfloat16}, {"preset": "default", "rank": 3}, "state_dtype", torch.uint8),
     ],
 )
 def test_precedence_of_keys(constructor, group, key, value):
-    """Guards against a preset that beats an explicit key, or a default that beats a group's preset."""
-    opt = GaLoreAdamW([{"params": [weight("default")], **group}], **constructor)
-    assert opt.param_groups[0][key] == value
+    """Guards against a preset that beats an explicit key, a default that beats a group's preset, and a preset that
+    changes how plain parameters are stepped; in a copy of the optimizer too."""
+    opt = GaLoreAdamW([weight("default")], **constructor)
+    for one in (opt, copy.deepcopy(opt)):
+        one.add_param_group({"params": [weight("default")], **group})
+        assert one.param_groups[1][key] == value
 
 
 @pytest.mark.parametrize(

@@ -38,6 +38,8 @@ def build_optimizer(model: nn.Module, config: Config) -> Optimizer:
         if o.name in OURS:
             if o.name == "galore_svd":
                 keys = {**keys, "preset": "published", "projector": "svd"}
+            if dtype is not None:  # over the preset's
+                keys = {**keys, "state_dtype": dtype}
             groups = [{**first, "rank": o.rank, **keys}, {**rest, "rank": None}]
             return galore_rrf.GaLoreAdamW(groups, fused=True, state_dtype=dtype, **adam)
         if o.name in PEERS:

@@ -113,16 +113,21 @@ def state_table(trainer: Trainer) -> list[dict[str, Any]]:
 
 def _formula(trainer: Trainer) -> MemoryEstimate | None:
     o = trainer.config.optimizer
-    if o.name in ("adamw", "lora"):
+    dtype = STATE_DTYPES[o.state_dtype]
+    if o.name in ("adamw", "lora") and dtype is None:
         return estimate(trainer.model)  # adapters are parameters of the model
     if o.name not in OURS:
         return None
-    dtype = STATE_DTYPES[o.state_dtype]
     keys = ("proj_type", "residual", "basis_from")
     given = {key: getattr(o, key) for key in (*keys, "preset") if getattr(o, key) is not None}
     found = resolve({"rank": o.rank, **given})
     return estimate(
-        trainer.model, "galore", rank=o.rank, state_dtype=dtype, **{key: found[key] for key in keys}
+        trainer.model,
+        "galore",
+        rank=o.rank,
+        state_dtype=dtype,
+        projected_state_dtype=dtype or found["state_dtype"],
+        **{key: found[key] for key in keys},
     )
 
 

@@ -116,7 +116,10 @@ def _estimates(path: Path, args: argparse.Namespace) -> tuple[str, dict[str, Mem
     try:
         given = {key: optimizer[key] for key in (*_KEYS, "preset") if optimizer.get(key) is not None}
         keys = resolve({"rank": rank, **given})
-        galore = estimate(llama, "galore", rank=rank, **{key: keys[key] for key in _KEYS}, **bf16)
+        chosen = {key: keys[key] for key in _KEYS}
+        galore = estimate(
+            llama, "galore", rank=rank, projected_state_dtype=keys["state_dtype"], **chosen, **bf16
+        )
         methods = {
             "AdamW, mixed precision": estimate(llama, mixed_precision=True, **common),
             "AdamW, bf16": estimate(llama, **bf16),

@@ -88,6 +88,7 @@ def estimate(
     rank: int | None = None,
     proj_type: str = "std",
     state_dtype: torch.dtype | None = None,
+    projected_state_dtype: torch.dtype | None = None,
     residual: str = "drop",
     basis_from: str = "gradient",
     include: Sequence[str] = INCLUDE,
@@ -112,6 +113,7 @@ def estimate(
         rank: for ``"galore"`` (with `tolerance` the cap) and ``"lora"``.
         proj_type, state_dtype, residual, basis_from: as of `SubspaceOptions`; the last three with ``"galore"``
             alone.
+        projected_state_dtype: of what is projected, where its group or preset has another; None: `state_dtype`.
         include, exclude: as of `param_groups`.
         dtype: of weights and gradients, and of the moments that are not projected; None: as they are.
         mixed_precision: weights and gradients in bf16 (or `dtype`), the optimizer over fp32 master weights;
@@ -126,7 +128,11 @@ def estimate(
             parameter is to be projected.
     """
     options = SubspaceOptions(
-        rank=rank, proj_type=proj_type, state_dtype=state_dtype, residual=residual, basis_from=basis_from
+        rank=rank,
+        proj_type=proj_type,
+        state_dtype=projected_state_dtype or state_dtype,
+        residual=residual,
+        basis_from=basis_from,
     )
     _check(optimizer, options, dtype, mixed_precision, tokens, threads)
     if mixed_precision:
