@@ -11,16 +11,12 @@ Rates = Annotated[list[PositiveFloat], Field(min_length=1)]
 
 
 class Row(BaseModel):
-    """An optimizer: `fields` of its trainings, the values that its two peak learning rates are swept over.
-
-    `core` rows are trained first, at every scale.
-    """
+    """An optimizer: `fields` of its trainings, the values that its two peak learning rates are swept over."""
 
     model_config = ConfigDict(extra="forbid")
 
     lr: Rates
     plain_lr: Rates
-    core: bool = False
     fields: dict[str, Any] = {}
 
 
@@ -94,5 +90,4 @@ class Comparison(BaseModel):
 
     def entries(self) -> list[tuple[str, str]]:
         """Scale and row of everything compared, in the order that it is trained in."""
-        both = [(name, row) for name, scale in self.scales.items() for row in self.rows_of(scale)]
-        return sorted(both, key=lambda entry: not self.rows[entry[1]].core)
+        return [(name, row) for name, scale in self.scales.items() for row in self.rows_of(scale)]
