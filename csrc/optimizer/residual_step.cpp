@@ -1,9 +1,9 @@
 #include "optimizer/residual_step.h"
 
 #include <ATen/ops/empty.h>
-#include <ATen/ops/ones.h>
 #include <ATen/ops/where.h>
 #include <ATen/ops/zeros.h>
+#include <ATen/ops/zeros_like.h>
 
 #include "kernels.h"
 #include "optimizer/orthogonalized.h"
@@ -59,70 +59,51 @@ class Signs : public ResidualStep {
 };
 
 // The columns, then the rows of E, in the left form, are divided by their root mean squares, kNormalizations
-// times: the gradient multi-normalization of Scetbon et al. 2025 (arXiv 2502.06742).  What is kept of it are
-// scales of the tiles' rows and columns, one pass over E a time.
+// times: the gradient multi-normalization of Scetbon et al. 2025 (arXiv 2502.06742).  Tiles are of whole
+// matrices: passes over a tile are a fraction of the product that would make it anew.
 class Normalized : public ResidualStep {
  public:
   explicit Normalized(const Outside& x)
       : grads_(x.grads),
         negative_(product(x, x.r.neg())),
-        rows_first_(x.turned),
+        tiles_(x.tiles),
+        turned_(x.turned),
         lengths_(of_matrix(x.lengths, x.r.scalar_type())),
         moving_(x.lengths.ne(0).to(x.r.scalar_type()).unsqueeze(1).repeat({1, x.tiles.cols()})),
-        nothing_(at::zeros({x.r.size(0), 1, 1}, x.lengths.options())),
-        columns_(at::ones({x.r.size(0), 1, x.tiles.cols()}, x.r.options())),
-        rows_(at::ones({x.r.size(0), x.grads.front().size(0), 1}, x.r.options())) {
-    const auto all_rows = static_cast<double>(x.grads.front().size(0));
-    const at::Tensor rounding =
-        squared_rounding(x.r).div_(static_cast<double>(x.grads.front().numel())).view({-1, 1, 1});
-    for (int i = 0; i < kNormalizations; ++i) {
-      const bool rows_before = i > 0 || rows_first_;
-      const at::Tensor& least = i == 0 ? rounding : nothing_;
-      const at::Tensor squares = at::zeros(columns_.sizes(), least.options());
-      x.tiles.for_each(x.memory, [&](const RowTile& tile) {
-        residual_into_(tile);
-        if (rows_before) normalize_rows_(tile, least);
-        kernels_for(tile.values).add_squares_(tile.of_matrices(squares).squeeze(1), each(tile.values), 0);
-      });
-      squares.div_(all_rows);
-      const at::Tensor some = squares.gt(rows_before ? nothing_ : least);
-      columns_.mul_(inverse_roots(squares, some, columns_.scalar_type()));
-    }
-  }
+        rounding_(squared_rounding(x.r).div_(static_cast<double>(x.grads.front().numel())).unsqueeze(1)) {}
 
   void into_(const RowTile& tile) const override {
-    residual_into_(tile);
-    if (!rows_first_) normalize_rows_(tile, nothing_);
-    const at::Tensor lengths = tile.of_matrices(lengths_);
-    at::Tensor(tile.values).mul_(rows_first_ ? tile.of_rows(rows_).mul(lengths) : lengths);
+    tiles_.for_each_block(tile, [&](const RowTile& block) {
+      negative_.into_(block, 0);
+      kernels_for(block.values)
+          .add_scaled_(block.values, with_rows_in_one_piece(block.rows(grads_)), block.of_matrices(moving_),
+                       1);
+    });
+    const at::Tensor rounding = tile.of_matrices(rounding_), nothing = at::zeros_like(rounding);
+    for (int i = 0; i < kNormalizations; ++i) {
+      normalize_(tile, turned_ ? 1 : 0, i == 0 ? rounding : nothing);
+      normalize_(tile, turned_ ? 0 : 1, nothing);
+    }
+    at::Tensor(tile.values).mul_(tile.of_matrices(lengths_));
   }
 
  private:
   static constexpr int kNormalizations = 2;
 
-  // With the scales of its columns so far.
-  void residual_into_(const RowTile& tile) const {
-    negative_.into_(tile, 0);
-    kernels_for(tile.values)
-        .add_scaled_(tile.values, with_rows_in_one_piece(tile.rows(grads_)), tile.of_matrices(moving_), 1);
-    at::Tensor(tile.values).mul_(tile.of_matrices(columns_));
-  }
-
-  // Rows of a mean square of `least` (B x 1 x 1) or less are none.
-  void normalize_rows_(const RowTile& tile, const at::Tensor& least) const {
-    const at::Tensor squares = at::zeros({tile.count, tile.height, 1}, least.options());
-    kernels_for(tile.values).add_squares_(squares.squeeze(2), each(tile.values), 1);
-    squares.div_(static_cast<double>(tile.values.size(2)));
-    at::Tensor rows = tile.of_rows(rows_);
-    rows.copy_(inverse_roots(squares, squares.gt(tile.of_matrices(least)), rows.scalar_type()));
-    at::Tensor(tile.values).mul_(rows);
+  // What is summed over `dim`, 0 or 1, of each matrix; a mean square of `least` (B x 1) or less is none.
+  static void normalize_(const RowTile& tile, int dim, const at::Tensor& least) {
+    const at::Tensor squares = at::zeros({tile.count, tile.values.size(2 - dim)}, least.options());
+    kernels_for(tile.values).add_squares_(squares, each(tile.values), dim);
+    squares.div_(static_cast<double>(tile.values.size(1 + dim)));
+    const at::Tensor scales = inverse_roots(squares, squares.gt(least), tile.values.scalar_type());
+    at::Tensor(tile.values).mul_(scales.unsqueeze(1 + dim));
   }
 
   const Matrices grads_;
   const BasisProduct negative_;
-  const bool rows_first_;  // whether the tiles' rows are the columns of the left form
-  const at::Tensor lengths_, moving_, nothing_;
-  at::Tensor columns_, rows_;  // their scales
+  const RowTiles tiles_;
+  const bool turned_;  // whether the tiles' rows are the columns of the left form
+  const at::Tensor lengths_, moving_, rounding_;
 };
 
 class Orthogonalized : public ResidualStep {

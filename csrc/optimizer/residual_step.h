@@ -28,7 +28,7 @@ class ResidualStep {
 };
 
 // What a step of E is made of.  Beside `memory` nothing as large as a weight is made of it, but to
-// orthogonalize E, which takes two such: E is made anew in each pass.  Nobody waits for a device.
+// orthogonalize E, which takes two such.  Nobody waits for a device.
 struct Outside {
   Matrices grads;      // in the order of the tiles
   Matrices bases;      // s x r each, in the dtype to multiply in

@@ -31,11 +31,12 @@ Matrices RowTile::rows(const Matrices& matrices) const {
   return result;
 }
 
-RowTiles::RowTiles(const at::Tensor& like, int64_t m)
+RowTiles::RowTiles(const at::Tensor& like, int64_t m, bool whole)
     : matrices_(m), rows_(like.size(0)), cols_(like.size(1)) {
-  // On a CPU a tile stays in the second-level cache; elsewhere launches cost more.
+  // On a CPU a block stays in the second-level cache; elsewhere launches cost more.
   const int64_t entries = like.is_cpu() ? 1 << 16 : 1 << 26;
-  most_rows_ = std::clamp<int64_t>(entries / cols_, 1, rows_);
+  block_rows_ = std::clamp<int64_t>(entries / cols_, 1, rows_);
+  most_rows_ = whole ? rows_ : block_rows_;
   most_ = std::clamp<int64_t>(entries / (most_rows_ * cols_), 1, matrices_);
 }
 

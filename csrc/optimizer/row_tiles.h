@@ -1,4 +1,4 @@
-// Matrices of one shape by tiles of rows, for what is as large as they are and must not exist as a whole.
+// Matrices of one shape by tiles of rows, for what is as large as they are and must not exist of all at once.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -25,11 +25,12 @@ struct RowTile {
   at::Tensor of_rows(const at::Tensor& stack) const { return of_matrices(stack).narrow(1, start, height); }
 };
 
-// All tiles, one after the other.
+// All tiles, one after the other; a tile is of all rows where matrices are to stay whole, and taken in
+// blocks.
 class RowTiles {
  public:
   // Of matrices of the form of `like`, m of them.
-  RowTiles(const at::Tensor& like, int64_t m);
+  RowTiles(const at::Tensor& like, int64_t m, bool whole = false);
 
   // One tile's memory, in which each has its values.
   at::Tensor memory(const at::TensorOptions& options) const;
@@ -52,8 +53,17 @@ class RowTiles {
     }
   }
 
+  // Calls f(const RowTile&) for blocks of a tile's rows: the tile itself where matrices do not stay whole.
+  template <class F>
+  void for_each_block(const RowTile& tile, const F& f) const {
+    for (int64_t start = 0; start < tile.height; start += block_rows_) {
+      const int64_t height = std::min(block_rows_, tile.height - start);
+      f(RowTile{tile.first, tile.count, tile.start + start, height, tile.values.narrow(1, start, height)});
+    }
+  }
+
  private:
-  int64_t matrices_, rows_, cols_, most_rows_, most_;
+  int64_t matrices_, rows_, cols_, block_rows_, most_rows_, most_;
 };
 
 // Whether a matrix's memory follows its columns.

@@ -5,7 +5,8 @@
 namespace galore_rrf {
 namespace {
 
-Outside outside(const WeightsAndGradients& x, const at::Tensor& r, const at::Tensor& lengths, bool turned) {
+Outside outside(const WeightsAndGradients& x, Residual residual, const at::Tensor& r,
+                const at::Tensor& lengths, bool turned) {
   const auto in_order = [&](const Matrices& matrices) { return turned ? transposed(matrices) : matrices; };
   // Of half precision bf16 alone: gradients and coefficients may exceed what fp16 holds.
   const at::ScalarType stored = x.bases.front().scalar_type();
@@ -14,7 +15,7 @@ Outside outside(const WeightsAndGradients& x, const at::Tensor& r, const at::Ten
   Matrices bases = x.bases;
   for (at::Tensor& basis : bases) basis = basis.to(dtype);
   const Matrices grads = in_order(x.grads);
-  const RowTiles tiles(grads.front(), static_cast<int64_t>(grads.size()));
+  const RowTiles tiles(grads.front(), static_cast<int64_t>(grads.size()), residual == Residual::normalized);
   return {grads, bases, r, lengths, tiles, tiles.memory(r.options()), turned};
 }
 
@@ -23,8 +24,8 @@ Outside outside(const WeightsAndGradients& x, const at::Tensor& r, const at::Ten
 TiledUpdate::TiledUpdate(const WeightsAndGradients& x, Residual residual, const at::Tensor& r,
                          const at::Tensor& lengths, std::optional<RowRounding> rounding)
     : rounding_(std::move(rounding)),
-      outside_(
-          outside(x, r, lengths, rounding_ ? rounding_->rows_are_columns : is_turned(x.weights.front()))),
+      outside_(outside(x, residual, r, lengths,
+                       rounding_ ? rounding_->rows_are_columns : is_turned(x.weights.front()))),
       weights_(outside_.turned ? transposed(x.weights) : x.weights),
       residual_(residual_step(residual, outside_)) {}
 
@@ -33,23 +34,26 @@ void TiledUpdate::operator()(const at::Tensor& steps, const at::Tensor& decays,
   const Outside& x = outside_;
   const Kernels& kernels = kernels_for(steps);
   const BasisProduct within(x.bases, steps, x.bases.front().scalar_type(), x.turned);
-  x.tiles.for_each(x.memory, [&](const RowTile& tile) {
-    if (residual_) residual_->into_(tile);
-    within.into_(tile, residual_ ? 1 : 0);
+  const auto move = [&](const RowTile& block) {
+    within.into_(block, residual_ ? 1 : 0);
     if (column_scales.defined()) {
-      kernels.add_scaled_(tile.values, with_rows_in_one_piece(tile.rows(x.grads)),
-                          x.turned ? tile.of_rows(column_scales) : tile.of_matrices(column_scales),
+      kernels.add_scaled_(block.values, with_rows_in_one_piece(block.rows(x.grads)),
+                          x.turned ? block.of_rows(column_scales) : block.of_matrices(column_scales),
                           x.turned ? 0 : 1);
     }
-    const Matrices targets = tile.rows(weights_), in_one_piece = with_rows_in_one_piece(targets);
+    const Matrices targets = block.rows(weights_), in_one_piece = with_rows_in_one_piece(targets);
     if (rounding_) {
-      round_stochastically(in_one_piece, tile, decays);
+      round_stochastically(in_one_piece, block, decays);
     } else {
-      kernels.add_(in_one_piece, tile.values, tile.of_matrices(decays));
+      kernels.add_(in_one_piece, block.values, block.of_matrices(decays));
     }
     for (size_t i = 0; i < targets.size(); ++i) {
       if (!in_one_piece[i].is_same(targets[i])) at::Tensor(targets[i]).copy_(in_one_piece[i]);
     }
+  };
+  x.tiles.for_each(x.memory, [&](const RowTile& tile) {
+    if (residual_) residual_->into_(tile);
+    x.tiles.for_each_block(tile, move);
   });
 }
 

@@ -352,8 +352,8 @@ def _residual_workspace(p: Tensor, state: Mapping[str, Any], residual: str) -> i
     if residual == "orthogonalized":
         return step + size * (2 * entries + 5 * min(side, length) ** 2 + tile)
     if residual == "normalized":
-        columns = as_matrices(p).shape[-1]  # scales of these, and what they are made of, partly in fp64
-        return step + size * long + max(size * (tiles + columns), size * tile + 33 * columns)
+        columns = as_matrices(p).shape[-1]  # one scale for each, and what others are made of, partly in fp64
+        return step + size * (long + entries + columns + tiles - tile) + 25 * max(side, length)
     if residual == "scaled":  # norms of columns in fp64, of which the scales are made
         return step + max(size * (tiles + length), size * tile + 36 * length)
     return step + size * tiles
