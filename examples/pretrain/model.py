@@ -23,7 +23,7 @@ def llama_config(config: Config) -> LlamaConfig:
             f"Unknown field: model.{unknown[0]} (LlamaConfig of transformers has none of that name)"
         )
     try:
-        return LlamaConfig(**fields, use_cache=False, attn_implementation="sdpa")
+        return LlamaConfig(**fields, use_cache=False, attn_implementation=config.attention)
     except Exception as error:  # of its validation library, whatever that is
         raise UserError(f"Invalid model: {' '.join(str(error).split())}") from error
 
