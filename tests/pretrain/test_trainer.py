@@ -7,7 +7,7 @@ import pytest
 import torch
 from pretrain.data.corpus import load_corpus
 from pretrain.errors import UserError
-from pretrain.model import build_model
+from pretrain.model import build_model, token_losses
 from pretrain.schedule import lr_factor
 from pretrain.trainer import Trainer
 from tiny import tiny
@@ -325,3 +325,17 @@ def test_fields_that_llama_has_not(folder, model, said):
     """Guards against a misspelt field of the model that is quietly ignored."""
     with pytest.raises(UserError, match=said):
         build_model(tiny(folder, "unused", model=model))
+
+
+def test_attention_is_one_function_in_two_forms(folder):
+    """Guards against a form that is not the one asked for, and one that sees tokens to come."""
+    windows = torch.randint(60, (3, 17), generator=torch.Generator().manual_seed(1))
+    losses = []
+    for attention in ("sdpa", "eager"):
+        model = build_model(tiny(folder, "unused", attention=attention))
+        assert model.config._attn_implementation == attention
+        losses.append(token_losses(model, windows))
+    torch.testing.assert_close(losses[1], losses[0])
+    later = windows.clone()
+    later[:, 9:] = (later[:, 9:] + 1) % 60
+    torch.testing.assert_close(token_losses(model, later).view(3, -1)[:, :8], losses[1].view(3, -1)[:, :8])
