@@ -217,7 +217,7 @@ def megabytes(count: float | None) -> str:
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:
     """A Markdown table, aligned: the first `left` columns to the left, numbers to the right."""
     cells = [[str(cell).replace("|", r"\|") for cell in row] for row in (header, *rows)]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    widths = [max(2, *map(len, column)) for column in zip(*cells, strict=True)]  # "-:" at the least
     cells.insert(1, ["-" * w if i < left else "-" * (w - 1) + ":" for i, w in enumerate(widths)])
     aligned = [
         [
