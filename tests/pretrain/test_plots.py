@@ -301,7 +301,9 @@ def test_markdown():
     assert markdown(["a", "b"], [["x|y", "1"], ["z", "22"]]) == (
         "| a    |  b |\n| ---- | -: |\n| x\\|y |  1 |\n| z    | 22 |"
     )
-    assert markdown(["a", ""], [["x", ""]]) == "| a  |    |\n| -- | -: |\n| x  |    |", "an empty column is one too"
+    assert markdown(["a", ""], [["x", ""]]) == "| a  |    |\n| -- | -: |\n| x  |    |", (
+        "an empty column is one too"
+    )
     assert (megabytes(3 * 2**19), megabytes(None)) == ("1.5 MiB", "-")
 
 
