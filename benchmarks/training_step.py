@@ -21,7 +21,7 @@ RULES: dict[str, dict[str, Any]] = {
     for name, keys in {
         "default": {"preset": "default"},
         "best": {"preset": "best"},
-        "best, orthogonalized": {"preset": "best", "residual": "orthogonalized"},
+        "best, orthogonalized": {"preset": "best", "residual": "orthogonalized", "residual_scale": 2.0},
     }.items()
 }
 
@@ -49,30 +49,38 @@ def main() -> None:
         nn.functional.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten()).backward()
 
     # Rates at which weights stay as they are, near enough: all of them step the one model.
-    optimizers: dict[str, torch.optim.Optimizer] = {
-        "AdamW, fused": torch.optim.AdamW(model.parameters(), lr=1e-9, fused=True),
+    matrices, others = (group["params"] for group in param_groups(model, rank=1, lr=1e-9))
+    optimizers: dict[str, list[torch.optim.Optimizer]] = {
+        "AdamW, fused": [torch.optim.AdamW(model.parameters(), lr=1e-9, fused=True)],
+        "Muon": [torch.optim.Muon(matrices, lr=1e-9), torch.optim.AdamW(others, lr=1e-9, fused=True)],
         **{
-            name: GaLoreAdamW(param_groups(model, lr=1e-9, plain_lr=1e-9, **keys), fused=True)
+            name: [GaLoreAdamW(param_groups(model, lr=1e-9, plain_lr=1e-9, **keys), fused=True)]
             for name, keys in RULES.items()
         },
     }
 
-    def cycle(optimizer: torch.optim.Optimizer) -> Callable[[], None]:
+    def cycle(parts: list[torch.optim.Optimizer]) -> Callable[[], None]:
         def steps() -> None:
             for _ in range(CYCLE):
-                optimizer.step()
+                for part in parts:
+                    part.step()
 
         return steps
 
     forward_and_backward()
     work = {"forward and backward": forward_and_backward}
-    ms = interleaved(work | {name: cycle(opt) for name, opt in optimizers.items()}, rounds=5)
+    ms = interleaved(work | {name: cycle(parts) for name, parts in optimizers.items()}, rounds=5)
     passes = ms.pop("forward and backward")
     per_step = {name: time / CYCLE for name, time in ms.items()}
     first = next(iter(per_step.values()))
     rows = [
-        (name, f"{step:.0f}", f"{(passes + step) / (passes + first):.2f}", f"{state_bytes(opt) / 2**20:.0f}")
-        for (name, step), opt in zip(per_step.items(), optimizers.values(), strict=True)
+        (
+            name,
+            f"{step:.0f}",
+            f"{(passes + step) / (passes + first):.2f}",
+            f"{sum(map(state_bytes, parts)) / 2**20:.0f}",
+        )
+        for (name, step), parts in zip(per_step.items(), optimizers.values(), strict=True)
     ]
     print(f"\nThe 60M Llama, {BATCH} x {LENGTH} tokens: forward and backward take {passes:.0f} ms\n")
     print(table(("optimizer", "ms a step", "training step over AdamW's", "state MiB"), rows))

@@ -286,7 +286,9 @@ ORTHONORMAL = {
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(40, 7), (7, 7), (7, 1), (1, 1), (200, 64), (25, 8)])
+@pytest.mark.parametrize(
+    "shape", [(40, 7), (7, 7), (7, 1), (1, 1), (200, 64), (301, 150), (130, 130), (25, 8)]
+)
 @pytest.mark.parametrize("case", ORTHONORMAL)
 def test_reconstruction(device, case, shape, dtype):
     """Guards against cancellation where a column is close to that of the identity: the signs prevent it."""

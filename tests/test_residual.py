@@ -275,15 +275,24 @@ def test_length_is_not_the_gradients(device, residual, dtype):
 
 
 @pytest.mark.parametrize("size", [1e-20, 1.0, 1e20])
-def test_normalized_leaves_rounding_alone(device, size):
+@pytest.mark.parametrize("residual", ["normalized", "orthogonalized"])
+def test_rounding_is_left_alone(device, residual, size):
     """Guards against rounding blown up to a step: a gradient within the subspace has no residual, at any scale."""
     for dtype in (torch.float64, torch.float32):
         plain = State([((40, 60), 6, LEFT), ((60, 40), 6, RIGHT)], dtype, dtype, device=device)
         grads = [(size * (w[:, :3] @ w[:3])).contiguous() / (10 * w[:, :3].norm() ** 2) for w in plain.params]
         state = plain.copy()
         plain.step(projected_adamw_, grads, 0)
-        state.step(projected_adamw_, grads, 0, residual="normalized")
+        state.step(projected_adamw_, grads, 0, residual=residual)
         assert_equal(state, plain, 1e-12 if dtype == torch.float64 else 1e-5)
+
+
+@pytest.mark.parametrize(
+    "parts", [[((150, 190), 100, LEFT)], [((190, 150), 100, RIGHT)] * 2, [((12, 20), 12, LEFT)]]
+)
+def test_orthogonalized_of_wide_bases(device, same_sketch, parts):
+    """Guards against a complement of another range where its factors are made by blocks, and where it is empty."""
+    follow(Put("orthogonalized", parts, device=device), *ACCURACY["orthogonalized"])
 
 
 @pytest.mark.parametrize("refresh", [-1, 1])

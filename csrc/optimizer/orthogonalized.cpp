@@ -3,7 +3,6 @@
 #include <ATen/ops/linalg_vector_norm.h>
 #include <ATen/ops/where.h>
 
-#include <cmath>
 #include <optional>
 
 #include "range_finder/product.h"
@@ -31,20 +30,21 @@ at::Tensor inverse(const at::Tensor& norms, const at::Tensor& like) {
   return at::where(norms.gt(0), norms.reciprocal(), 0).to(like.scalar_type());
 }
 
+// What both steps together multiply with, made in the memory of X X^T and four more.  All is done on the
+// short side, since polynomials of one matrix commute.
+at::Tensor both_steps(at::Tensor gram) {
+  const at::Tensor bounds = norms_of(gram);
+  gram.mul_(inverse(bounds, gram));
+  const at::Tensor p = step(gram);
+  const at::Tensor second = multiply_stacks(multiply_stacks(p, gram), p);
+  return multiply_stacks(step(second), p).mul_(inverse(bounds.sqrt(), gram));
+}
+
 }  // namespace
 
 at::Tensor orthogonalized(const at::Tensor& x) {
-  const bool wide = x.size(1) <= x.size(2);
-  const at::Tensor gram = wide ? multiply_stacks(x, x.mT()) : multiply_stacks(x.mT(), x);
-  const at::Tensor bounds = norms_of(gram);
-  const at::Tensor first = gram.mul(inverse(bounds, gram));
-  // Both steps on the short side alone: polynomials of one matrix commute.
-  const at::Tensor p = step(first);
-  const at::Tensor second = multiply_stacks(multiply_stacks(p, first), p);
-  const auto longer = static_cast<double>(wide ? x.size(2) : x.size(1));
-  const at::Tensor all =
-      multiply_stacks(step(second), p).mul_(inverse(bounds.sqrt(), gram).mul_(std::sqrt(longer)));
-  return wide ? multiply_stacks(all, x) : multiply_stacks(x, all);
+  if (x.size(1) > x.size(2)) return multiply_stacks(x, both_steps(multiply_stacks(x.mT(), x)));
+  return multiply_stacks(both_steps(multiply_stacks(x, x.mT())), x);
 }
 
 }  // namespace galore_rrf

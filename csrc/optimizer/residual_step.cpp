@@ -5,7 +5,11 @@
 #include <ATen/ops/zeros.h>
 #include <ATen/ops/zeros_like.h>
 
+#include <algorithm>
+#include <cmath>
+
 #include "kernels.h"
+#include "optimizer/complement.h"
 #include "optimizer/orthogonalized.h"
 #include "range_finder/scaling.h"
 
@@ -106,31 +110,43 @@ class Normalized : public ResidualStep {
   const at::Tensor lengths_, moving_, rounding_;
 };
 
+// E lies in s - r dimensions, and that is where it is made and orthogonalized.
 class Orthogonalized : public ResidualStep {
  public:
-  explicit Orthogonalized(const Outside& x) {
-    const Matrices& grads = x.grads;
-    const at::Tensor e =
-        at::empty({x.r.size(0), grads.front().size(0), grads.front().size(1)}, x.r.options());
-    const Matrices each_e = each(e);
-    for (size_t i = 0; i < grads.size(); ++i) at::Tensor(each_e[i]).copy_(grads[i]);
-    at::Tensor(e).masked_fill_(x.lengths.eq(0).view({-1, 1, 1}), 0);
-    product(x, x.r.neg()).into_({0, e.size(0), 0, e.size(1), e}, 1);
-    const at::ScalarType dtype = e.scalar_type();
+  explicit Orthogonalized(const Outside& x) : turned_(x.turned) {
+    const at::ScalarType dtype = x.r.scalar_type();
+    const Complement complement(x.bases, dtype);
+    const Matrices grads = turned_ ? transposed(x.grads) : x.grads;
+    const int64_t rows = grads.front().size(0), cols = grads.front().size(1), rank = x.r.size(1);
+    step_ = at::empty({x.r.size(0), rows, cols}, x.r.options());
+    const at::Tensor e = complement.coordinates(grads, x.r).masked_fill_(x.lengths.eq(0).view({-1, 1, 1}), 0);
     const at::Tensor squared = squared_norms(e);
-    at::Tensor(e).mul_(of_matrix(inverse_roots(squared, squared.gt(squared_rounding(x.r)), dtype), dtype));
+    const at::Tensor unit = inverse_roots(squared, squared.gt(squared_rounding(x.r)), dtype);
+    at::Tensor(e).mul_(unit.view({-1, 1, 1}));
     // Products of half precision where those are fast.
     const at::Tensor narrow = x.bases.front().scalar_type() == dtype ? e : e.to(at::kBFloat16);
-    step_ = orthogonalized(narrow).to(dtype).mul_(of_matrix(x.lengths, dtype));
+    // Entries of a root mean square of 1 at most.
+    const double length = std::sqrt(static_cast<double>(std::max(rows, cols)));
+    step_.narrow(1, rank, rows - rank)
+        .copy_(orthogonalized(narrow))
+        .mul_(of_matrix(x.lengths, dtype).mul(length));
+    within_ = complement.spread_(step_);
   }
 
-  void into_(const RowTile& tile) const override { at::Tensor(tile.values).copy_(tile.of_rows(step_)); }
+  void into_(const RowTile& tile) const override {
+    at::Tensor(tile.values).copy_(tile.of_rows(turned_ ? step_.mT() : step_));
+  }
+
+  void add_within_(const at::Tensor& coefficients) const override { at::Tensor(coefficients).add_(within_); }
 
  private:
-  at::Tensor step_;
+  const bool turned_;
+  at::Tensor step_, within_;
 };
 
 }  // namespace
+
+void ResidualStep::add_within_(const at::Tensor& /*coefficients*/) const {}
 
 std::unique_ptr<const ResidualStep> residual_step(Residual residual, const Outside& x) {
   switch (residual) {

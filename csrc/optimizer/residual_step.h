@@ -23,12 +23,15 @@ class ResidualStep {
  public:
   virtual ~ResidualStep() = default;
 
-  // The tile's values <- its rows of the step.
+  // The tile's values <- its rows of the step, less what it has within the subspace.
   virtual void into_(const RowTile& tile) const = 0;
+
+  // Adds what the step has within the subspace to coefficients, B x r x l.
+  virtual void add_within_(const at::Tensor& coefficients) const;
 };
 
 // What a step of E is made of.  Beside `memory` nothing as large as a weight is made of it, but to
-// orthogonalize E, which takes two such.  Nobody waits for a device.
+// orthogonalize E, which takes up to three such.  Nobody waits for a device.
 struct Outside {
   Matrices grads;      // in the order of the tiles
   Matrices bases;      // s x r each, in the dtype to multiply in

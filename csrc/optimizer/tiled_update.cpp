@@ -33,6 +33,7 @@ void TiledUpdate::operator()(const at::Tensor& steps, const at::Tensor& decays,
                              const at::Tensor& column_scales) const {
   const Outside& x = outside_;
   const Kernels& kernels = kernels_for(steps);
+  if (residual_) residual_->add_within_(steps);
   const BasisProduct within(x.bases, steps, x.bases.front().scalar_type(), x.turned);
   const auto move = [&](const RowTile& block) {
     within.into_(block, residual_ ? 1 : 0);

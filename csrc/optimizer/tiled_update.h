@@ -34,8 +34,8 @@ class TiledUpdate {
   TiledUpdate(const WeightsAndGradients& x, Residual residual, const at::Tensor& r, const at::Tensor& lengths,
               std::optional<RowRounding> rounding);
 
-  // steps: N, B x r x l, lengths included; decays: fp64 [B]; column_scales (B x l): + G diag(scales), none
-  // where undefined.
+  // steps: N, B x r x l, lengths included, to which the residual may add; decays: fp64 [B]; column_scales (B
+  // x l): + G diag(scales), none where undefined.
   void operator()(const at::Tensor& steps, const at::Tensor& decays, const at::Tensor& column_scales) const;
 
  private:

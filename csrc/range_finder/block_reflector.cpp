@@ -27,12 +27,33 @@ at::Tensor triangular_factor(const at::Tensor& v) {
   return t;
 }
 
+void signed_lu_(const at::Tensor& q, const at::Tensor& signs) {
+  constexpr int64_t kBlock = 64;
+  const auto kernel = kernels_for(q).signed_lu;
+  const int64_t width = q.size(0);
+  if (width <= kBlock) return kernel(q, signs);
+  for (int64_t start = 0; start < width; start += kBlock) {
+    const int64_t end = std::min(start + kBlock, width), size = end - start, rest = width - end;
+    const at::Tensor columns = q.narrow(1, start, size), rows = q.narrow(0, start, size);
+    const at::Tensor block = columns.narrow(0, start, size).clone(at::MemoryFormat::Contiguous);
+    kernel(block, signs.narrow(0, start, size));
+    columns.mul_(signs.narrow(0, start, size));
+    columns.narrow(0, start, size).copy_(block);
+    if (rest == 0) return;
+    const at::Tensor below = columns.narrow(0, end, rest), right = rows.narrow(1, end, rest);
+    below.copy_(at::linalg_solve_triangular(block, below, /*upper=*/true, /*left=*/false));
+    right.copy_(at::linalg_solve_triangular(block, right, /*upper=*/false, /*left=*/true,
+                                            /*unitriangular=*/true));
+    q.narrow(0, end, rest).narrow(1, end, rest).addmm_(below, right, /*beta=*/1, /*alpha=*/-1);
+  }
+}
+
 Reconstruction householder_reconstruction(const at::Tensor& q) {
   const int64_t width = q.size(1);
   const at::Tensor v = at::empty({width, q.size(0)}, q.options()).mT();
   const at::Tensor top = q.narrow(0, 0, width).clone(at::MemoryFormat::Contiguous);
   const at::Tensor signs = at::empty({width}, q.options());
-  kernels_for(q).signed_lu(top, signs);
+  signed_lu_(top, signs);
   v.narrow(0, 0, width).copy_(top.tril(-1)).diagonal().fill_(1);
   if (q.size(0) > width) {
     const at::Tensor rest = q.narrow(0, width, q.size(0) - width).mul(signs);

@@ -330,7 +330,8 @@ def _fed(p: Tensor, residual: str) -> int:
 def _residual_workspace(p: Tensor, state: Mapping[str, Any], residual: str) -> int:
     """Bytes that one matrix of `p` needs where its residual is put to use, after the refresh or with its end.
 
-    Read off csrc/optimizer/residual_step.cpp, limited_scales.cpp, orthogonalized.cpp and projected_adamw.cpp.
+    Read off csrc/optimizer/residual_step.cpp, complement.cpp, limited_scales.cpp, orthogonalized.cpp and
+    projected_adamw.cpp.
     """
     side, length, rank = _sizes(p, state)
     size = compute_dtype(p).itemsize
@@ -350,7 +351,11 @@ def _residual_workspace(p: Tensor, state: Mapping[str, Any], residual: str) -> i
         return _fed(p, residual) // matrix_count(p) + size * max(kept, rotated)
     step = size * (2 * long + cast)  # the projected gradient beside the step
     if residual == "orthogonalized":
-        return step + size * (2 * entries + 5 * min(side, length) ** 2 + tile)
+        others = side - rank  # dimensions that E lies in
+        outside, gram = others * length, min(others, length) ** 2
+        made = others * rank + outside + max(5 * gram, gram + outside)
+        coordinates = 2 * long if half else long  # half precision cast
+        return step + size * (entries + max(made, coordinates) + tile)
     if residual == "normalized":
         columns = as_matrices(p).shape[-1]  # one scale for each, and what others are made of, partly in fp64
         return step + size * (long + entries + columns + tiles - tile) + 25 * max(side, length)
