@@ -18,8 +18,7 @@ Complement::Complement(const Matrices& bases, at::ScalarType dtype) {
   for (int64_t i = 0; i < q.size(0); ++i) signed_lu_(x1.select(0, i), signs_.select(0, i).squeeze(1));
   const at::Tensor q2 = q.narrow(1, rank, others).mul(signs_.mT());
   b_ = at::linalg_solve_triangular(x1, at::linalg_solve_triangular(x1, q2, /*upper=*/true, /*left=*/false),
-                                   /*upper=*/false,
-                                   /*left=*/false, /*unitriangular=*/true);
+                                   /*upper=*/false, /*left=*/false, /*unitriangular=*/true);
 }
 
 at::Tensor Complement::coordinates(const Matrices& grads, const at::Tensor& r) const {

@@ -15,7 +15,8 @@ namespace galore_rrf {
 //     C = [0; I] + X B^T,   B = Q2 diag(signs) X1^-1,    Q2 the last s - r rows of Q:
 //
 // in X the products with Q are there already, so that to go over to the complement, and back, takes a product
-// with B each.  As the pivots of X1 are 1 at least, B is small: of norm 8 or less for random Q.
+// with B each.  As the pivots of X1 are 1 at least, B stays small, and little is lost in the difference.  It
+// is made anew in each step: kept, it would be state of the size of a basis.
 class Complement {
  public:
   // In `dtype`, fp32 or fp64.
