@@ -21,7 +21,7 @@ RULES: dict[str, dict[str, Any]] = {
     for name, keys in {
         "default": {"preset": "default"},
         "best": {"preset": "best"},
-        "best, orthogonalized": {"preset": "best", "residual": "orthogonalized", "residual_scale": 2.0},
+        "best, normalized": {"preset": "best", "residual": "normalized", "residual_scale": 1.2},
     }.items()
 }
 

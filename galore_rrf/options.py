@@ -54,7 +54,7 @@ PRESETS: dict[str, SubspaceKeys] = {
         "sketch": "half_power",
         "oversampling": 8,
     },
-    "best": {"state_dtype": torch.uint8, "residual": "normalized", "residual_scale": 1.2},
+    "best": {"state_dtype": torch.uint8, "residual": "orthogonalized", "residual_scale": 2.0},
 }
 
 _CHOICES = {

@@ -149,7 +149,7 @@ def test_presets_to_the_byte():
     """Guards against plain parameters counted in the 8 bits that a preset keeps its own group in."""
     model = nn.ModuleDict({"mlp": nn.Linear(200, 120, bias=False), "head": nn.Linear(200, 50, bias=False)})
     optimizer = stepped(GaLoreAdamW(param_groups(model, 40, preset="best")))
-    found = estimate(model, "galore", rank=40, projected_state_dtype=torch.uint8, residual="normalized")
+    found = estimate(model, "galore", rank=40, projected_state_dtype=torch.uint8, residual="orthogonalized")
     assert found.state == state_bytes(optimizer)
     assert found.state < estimate(model, "galore", rank=40).state
     assert found.state > estimate(model, "galore", rank=40, state_dtype=torch.uint8).state
@@ -312,7 +312,8 @@ def test_galore_workspace_is_near_the_measured_peak(shape, rank, proj_type, dtyp
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
     ("shape", "rank"),
-    [((512, 1376), 128), ((1376, 512), 128), ((512, 512), 500), ((1024, 1024), 16), ((3, 200, 120), 30)],
+    # Large enough for oneDNN's scratch memory, some 100 KiB in bf16 products, to be little.
+    [((512, 1376), 128), ((1376, 512), 128), ((512, 512), 500), ((1024, 1024), 16), ((3, 600, 401), 30)],
     ids=str,
 )
 @pytest.mark.parametrize("keys", OPTIONS, ids=str)

@@ -123,7 +123,7 @@ def test_table_shows_the_estimates(tmp_path, capsys):
     [
         ("residual: feedback", {"residual": "feedback"}),
         ("basis_from: average", {"basis_from": "average"}),
-        ("preset: best", {"residual": "normalized"}),
+        ("preset: best", {"residual": "orthogonalized"}),
         ("preset: best, residual: scaled", {"residual": "scaled"}),
     ],
 )
@@ -135,7 +135,7 @@ def test_options_of_the_file(keys, expected, tmp_path, capsys):
     main([config(tmp_path, TINY)])
     without = cells(capsys.readouterr().out)[1]["GaLore rank 4, bf16"]
     assert float(row["workspace *"]) > float(without["workspace *"])
-    keeps = expected != {"residual": "normalized"}
+    keeps = expected != {"residual": "orthogonalized"}
     assert (row["buffers"] != "-") == keeps
     assert without["buffers"] == "-"
 

@@ -119,17 +119,13 @@ class Orthogonalized : public ResidualStep {
     const Matrices grads = turned_ ? transposed(x.grads) : x.grads;
     const int64_t rows = grads.front().size(0), cols = grads.front().size(1), rank = x.r.size(1);
     step_ = at::empty({x.r.size(0), rows, cols}, x.r.options());
-    const at::Tensor e = complement.coordinates(grads, x.r).masked_fill_(x.lengths.eq(0).view({-1, 1, 1}), 0);
+    at::Tensor e = complement.coordinates(grads, x.r).masked_fill_(x.lengths.eq(0).view({-1, 1, 1}), 0);
     const at::Tensor squared = squared_norms(e);
     const at::Tensor unit = inverse_roots(squared, squared.gt(squared_rounding(x.r)), dtype);
-    at::Tensor(e).mul_(unit.view({-1, 1, 1}));
-    // Products of half precision where those are fast.
-    const at::Tensor narrow = x.bases.front().scalar_type() == dtype ? e : e.to(at::kBFloat16);
+    e = e.mul_(unit.view({-1, 1, 1})).to(quick_dtype(e));
     // Entries of a root mean square of 1 at most.
     const double length = std::sqrt(static_cast<double>(std::max(rows, cols)));
-    step_.narrow(1, rank, rows - rank)
-        .copy_(orthogonalized(narrow))
-        .mul_(of_matrix(x.lengths, dtype).mul(length));
+    step_.narrow(1, rank, rows - rank).copy_(orthogonalized(e)).mul_(of_matrix(x.lengths, dtype).mul(length));
     within_ = complement.spread_(step_);
   }
 

@@ -22,10 +22,23 @@ bool blas_reads(const at::Tensor& a) {
   return a.scalar_type() == compute_dtype(a) && (fits(1, 0) || fits(0, 1));
 }
 
+bool cpu_multiplies_bf16() {
+#ifdef __x86_64__
+  return __builtin_cpu_supports("avx512bf16");  // which those with AMX have too
+#else
+  return false;
+#endif
+}
+
 }  // namespace
 
 at::ScalarType compute_dtype(const at::Tensor& a) {
   return a.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+}
+
+at::ScalarType quick_dtype(const at::Tensor& a) {
+  static const bool cpu_does = cpu_multiplies_bf16();
+  return a.scalar_type() == at::kFloat && (cpu_does || !a.is_cpu()) ? at::kBFloat16 : a.scalar_type();
 }
 
 void multiply_out(const at::Tensor& out, const at::Tensor& a, const at::Tensor& factor, int exponent) {

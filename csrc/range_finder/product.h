@@ -14,6 +14,10 @@ namespace galore_rrf {
 // fp64 for fp64, fp32 for all else: the dtype of everything that is computed.
 at::ScalarType compute_dtype(const at::Tensor& a);
 
+// Of products that need not be accurate, of factors in fp32 or fp64: bf16 instead of fp32 where the device has
+// instructions for it.
+at::ScalarType quick_dtype(const at::Tensor& a);
+
 // out <- (2^-exponent a) b, the power of two on the narrow factor, where it is cheap and exact.  `a` is the
 // large operand (p x k); b (k x q) and out (p x q) have its compute dtype; all may be transposed views.
 void multiply_out(const at::Tensor& out, const at::Tensor& a, const at::Tensor& b, int exponent = 0);

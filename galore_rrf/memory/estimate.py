@@ -353,9 +353,11 @@ def _residual_workspace(p: Tensor, state: Mapping[str, Any], residual: str) -> i
     if residual == "orthogonalized":
         others = side - rank  # dimensions that E lies in
         outside, gram = others * length, min(others, length) ** 2
-        made = others * rank + outside + max(5 * gram, gram + outside)
-        coordinates = 2 * long if half else long  # half precision cast
-        return step + size * (entries + max(made, coordinates) + tile)
+        quick = size if size > 4 else 2  # bytes of an entry in the iteration, bf16 where the device has it
+        coordinates = size * (outside + (2 * long if half else long))
+        iteration = quick * (outside + max(5 * gram, gram + outside))
+        made = size * others * rank + max(coordinates, (size + quick) * outside, iteration)
+        return step + size * (entries + tile) + max(made, size * (long + tiles - tile))
     if residual == "normalized":
         columns = as_matrices(p).shape[-1]  # one scale for each, and what others are made of, partly in fp64
         return step + size * (long + entries + columns + tiles - tile) + 25 * max(side, length)
