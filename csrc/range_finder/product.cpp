@@ -14,6 +14,7 @@ namespace galore_rrf {
 namespace {
 
 constexpr int64_t kLargeEntries = 1 << 21;
+constexpr int64_t kQuickEntries = 1 << 15;  // below, what oneDNN does around a product takes longer than it
 
 bool blas_reads(const at::Tensor& a) {
   const auto fits = [&](int64_t inner, int64_t outer) {
@@ -38,7 +39,8 @@ at::ScalarType compute_dtype(const at::Tensor& a) {
 
 at::ScalarType quick_dtype(const at::Tensor& a) {
   static const bool cpu_does = cpu_multiplies_bf16();
-  return a.scalar_type() == at::kFloat && (cpu_does || !a.is_cpu()) ? at::kBFloat16 : a.scalar_type();
+  const bool does = a.is_cpu() ? cpu_does && a.size(1) * a.size(2) >= kQuickEntries : true;
+  return does && a.scalar_type() == at::kFloat ? at::kBFloat16 : a.scalar_type();
 }
 
 void multiply_out(const at::Tensor& out, const at::Tensor& a, const at::Tensor& factor, int exponent) {

@@ -14,8 +14,8 @@ namespace galore_rrf {
 // fp64 for fp64, fp32 for all else: the dtype of everything that is computed.
 at::ScalarType compute_dtype(const at::Tensor& a);
 
-// Of products that need not be accurate, of factors in fp32 or fp64: bf16 instead of fp32 where the device has
-// instructions for it.
+// Of products with a stack, in fp32 or fp64, that need not be accurate: bf16 instead of fp32 where the device
+// has instructions for it and the matrices are large enough to gain by them.
 at::ScalarType quick_dtype(const at::Tensor& a);
 
 // out <- (2^-exponent a) b, the power of two on the narrow factor, where it is cheap and exact.  `a` is the

@@ -331,7 +331,7 @@ def _residual_workspace(p: Tensor, state: Mapping[str, Any], residual: str) -> i
     """Bytes that one matrix of `p` needs where its residual is put to use, after the refresh or with its end.
 
     Read off csrc/optimizer/residual_step.cpp, complement.cpp, limited_scales.cpp, orthogonalized.cpp and
-    projected_adamw.cpp.
+    projected_adamw.cpp, and quick_dtype in csrc/range_finder/product.cpp.
     """
     side, length, rank = _sizes(p, state)
     size = compute_dtype(p).itemsize
@@ -353,7 +353,8 @@ def _residual_workspace(p: Tensor, state: Mapping[str, Any], residual: str) -> i
     if residual == "orthogonalized":
         others = side - rank  # dimensions that E lies in
         outside, gram = others * length, min(others, length) ** 2
-        quick = size if size > 4 else 2  # bytes of an entry in the iteration, bf16 where the device has it
+        # Bytes of an entry in the iteration: of large fp32 matrices it is in bf16 where a CPU has that.
+        quick = 2 if size == 4 and outside >= 2**15 else size
         coordinates = size * (outside + (2 * long if half else long))
         iteration = quick * (outside + max(5 * gram, gram + outside))
         made = size * others * rank + max(coordinates, (size + quick) * outside, iteration)
