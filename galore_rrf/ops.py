@@ -308,10 +308,11 @@ def projected_adamw_(
         "normalized"  N's product + residual_scale S, S = E with first its columns (right: rows), then its rows
                     (right: columns) divided by their root mean squares, and both again (arXiv 2502.06742);
                     0 in columns (right: rows) where E is but rounding
-        "orthogonalized"  N's product + residual_scale S, S = E with its singular values about equal, by two steps
-                    of Newton-Schulz iteration (Muon, Jordan et al. 2024), its entries in the root mean square
-                    about 1, 1.2 at most; 0 where E is but rounding; two m x n temporaries a matrix in flight;
-                    the iteration in bf16, but for fp64 and where that takes longer (small ones, old CPUs)
+        "orthogonalized"  N's product + residual_scale S, S = E with its singular values about sqrt(max(m, n)),
+                    1.2 times that at most, by two steps of Newton-Schulz iteration (Muon, Jordan et al. 2024):
+                    entries of about sqrt(1 - r / s) in the root mean square, s the projected side, the shorter;
+                    0 where E is but rounding; several m x n of temporaries a matrix in flight; the iteration
+                    in bf16, but for fp64 and where that takes longer (small matrices, old CPUs)
         "scaled"    N's product + residual_scale S, S = E with each column times ||N_j|| / ||R_j|| (right: row),
                     0 where R_j = 0; S is shortened to 1.01 times the length of the last (Fira, arXiv 2410.01623)
         "feedback"  G + residual_scale * the last step's E in the place of G; what a rotation of the first

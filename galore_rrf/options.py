@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, TypedDict
@@ -90,7 +91,7 @@ def _check_int(name: str, value: object, least: int, allowed: str) -> None:
 def _check_number(name: str, value: object, valid: Any, allowed: str) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise _invalid(name, value, allowed, TypeError)
-    if not valid(value):
+    if abs(value) > sys.float_info.max or not valid(value):
         raise _invalid(name, value, allowed)
 
 
@@ -145,8 +146,8 @@ class SubspaceOptions:
             weight.  docs/residuals.md compares them.
         residual_scale: factor on the residual's step, beside 1 for the step within the subspace.  With
             ``"sign"`` every entry of a weight moves by ``lr * scale * residual_scale``; with ``"normalized"`` that
-            is the root mean square, with ``"orthogonalized"`` about it.  With ``"feedback"`` factor on what is
-            fed back.
+            is the root mean square, with ``"orthogonalized"`` about sqrt((m - r) / m) of it, m the projected
+            side.  With ``"feedback"`` factor on what is fed back, from 0 to 1.
         arithmetic: ``"torch"``: torch.optim.AdamW's; ``"galore_torch"``: that package's (eps on the
             uncorrected root, decay last, exact SVD in fp32); ``"bitsandbytes"``: decay last.  Concerns plain
             parameters too.
@@ -182,6 +183,10 @@ class SubspaceOptions:
     preset: str | None = None
 
     def __post_init__(self) -> None:
+        for name, allowed in _CHOICES.items():
+            value = getattr(self, name)
+            if not isinstance(value, (str, torch.dtype, type(None))) or value not in allowed:
+                raise _invalid(name, value, "one of " + ", ".join(map(repr, allowed)))
         if self.rank is not None:
             _check_int("rank", self.rank, 1, "a positive integer or None")
         if not callable(self.update_proj_gap):
@@ -210,7 +215,7 @@ class SubspaceOptions:
             if self.projector != "range_finder" or self.moments == "keep":
                 raise ValueError(
                     f"tolerance goes with projector='range_finder' and moments='rotate' or 'reset' (ranks change), "
-                    f"got projector={self.projector!r} and moments={self.moments!r}"
+                    f"got tolerance={self.tolerance!r}, projector={self.projector!r} and moments={self.moments!r}"
                 )
         if self.min_rank is not None:
             _check_int("min_rank", self.min_rank, 1, "a positive integer or None")
@@ -222,8 +227,14 @@ class SubspaceOptions:
                 raise ValueError(
                     f"min_rank must be at most rank, the cap, got min_rank={self.min_rank} and rank={self.rank}"
                 )
-        if self.residual == "feedback" and self.refresh_at == "end":
-            raise ValueError("residual='feedback' goes with refresh_at='start', got refresh_at='end'")
+        if self.residual == "feedback":
+            if self.refresh_at == "end":
+                raise ValueError("residual='feedback' goes with refresh_at='start', got refresh_at='end'")
+            if not 0 <= self.residual_scale <= 1:
+                raise ValueError(
+                    f"residual='feedback' goes with a residual_scale from 0 to 1 (over 1 the error grows without "
+                    f"bound), got residual_scale={self.residual_scale!r}"
+                )
         if self.moments == "reset":
             if self.refresh_at == "end":
                 raise ValueError("moments='reset' goes with refresh_at='start', got refresh_at='end'")
@@ -232,9 +243,6 @@ class SubspaceOptions:
                     "stochastic_rounding, whose random numbers go by the count of steps, goes with "
                     "moments='rotate' or 'keep', got moments='reset'"
                 )
-        for name, allowed in _CHOICES.items():
-            if getattr(self, name) not in allowed:
-                raise _invalid(name, getattr(self, name), "one of " + ", ".join(map(repr, allowed)))
 
     @classmethod
     def of(cls, group: Mapping[str, Any]) -> SubspaceOptions:
@@ -245,7 +253,7 @@ def resolve(keys: Mapping[str, Any], defaults: Mapping[str, Any] | None = None) 
     """All subspace keys: those given, then those of a preset given with them, then `defaults`.
 
     A preset among the defaults comes after them.  What concerns plain parameters too is none of a preset's business
-    where there is no rank.
+    where there is no rank, and its `residual_scale` goes with its `residual` alone: each has a length of its own.
     """
     names = [f.name for f in fields(SubspaceOptions)]
     explicit = {name: keys[name] for name in names if name in keys}
@@ -254,16 +262,23 @@ def resolve(keys: Mapping[str, Any], defaults: Mapping[str, Any] | None = None) 
         base = {"rank": base.get("rank")}
     chosen = {**base, **explicit}
     preset = chosen.get("preset")
-    if preset is not None and preset not in PRESETS:
+    if preset is not None and (not isinstance(preset, str) or preset not in PRESETS):
         raise _invalid("preset", preset, "one of " + ", ".join(map(repr, PRESETS)) + " or None")
     of_preset = dict(PRESETS[preset]) if preset is not None else {}
     if chosen.get("rank") is None:
         of_preset.pop("state_dtype", None)
-    options = SubspaceOptions(**{**of_preset, **chosen})
+    if chosen.get("residual", of_preset.get("residual")) != of_preset.get("residual"):
+        of_preset.pop("residual_scale", None)
+    try:
+        options = SubspaceOptions(**{**of_preset, **chosen})
+    except ValueError as error:
+        if any(f"{name}={value!r}" in str(error) and name not in chosen for name, value in of_preset.items()):
+            raise ValueError(f"{error} (by preset={preset!r})") from None
+        raise
     return {name: getattr(options, name) for name in names}  # asdict would copy a callable
 
 
 def given(resolved: Mapping[str, Any]) -> dict[str, Any]:
     """The least of these keys that, given to an optimizer, resolve to all of them."""
-    least = {"preset": resolved["preset"], "rank": resolved["rank"]}
+    least = {name: resolved[name] for name in ("preset", "rank", "residual")}
     return least | {name: resolved[name] for name, value in resolve(least).items() if resolved[name] != value}

@@ -52,6 +52,8 @@ def agreeing(keys):
     """Without what excludes each other, and is refused with a sentence (test_bad_input)."""
     if keys.get("moments") == "reset" or keys.get("residual") == "feedback":
         keys = {**keys, "refresh_at": "start"}
+    if keys.get("residual") == "feedback":
+        keys = {**keys, "residual_scale": min(keys.get("residual_scale", 1.0), 1.0)}
     if callable(keys.get("update_proj_gap")):
         keys = {**keys, "schedule": "fixed"}
     return keys
@@ -122,7 +124,9 @@ VALUES = {
     "nonfinite": st.sampled_from(["skip", "raise"]),
     "seed": st.integers(0, 2**63 - 1),
     "arithmetic": st.sampled_from(["torch", "galore_torch", "bitsandbytes"]),
-    "preset": st.sampled_from([None, "default", "published"]),
+    "residual": st.sampled_from(["drop", "scaled", "sign", "normalized", "orthogonalized", "feedback"]),
+    "residual_scale": st.floats(0, 1),
+    "preset": st.sampled_from([None, "default", "published", "best"]),
     "lr": st.floats(0, 0.1) | st.just(torch.tensor(0.05)),
     "betas": st.tuples(st.floats(0, 0.99), st.floats(0, 0.99)),
     "weight_decay": st.floats(0, 0.5),
@@ -166,6 +170,11 @@ INVALID = {
     "seed": [-1, 2**63, 0.0],
     "arithmetic": ["jax"],
     "preset": ["fast", 1],
+    "residual": ["other", None, 1],
+    "residual_scale": [math.nan, -math.inf, "1", None],
+    "refresh_at": ["once", 0],
+    "state_dtype": [torch.float16, "fp32", 8],
+    "stochastic_rounding": [1, None],
 }
 
 

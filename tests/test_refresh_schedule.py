@@ -4,6 +4,7 @@ import copy
 import itertools
 import math
 import pickle
+import sys
 from collections import Counter
 
 import pytest
@@ -324,15 +325,21 @@ def test_who_is_asked(device):
     assert len(every.told) == 2
 
 
-@pytest.mark.parametrize("gap", [never, 10**9], ids=["callable", "huge"])
 @pytest.mark.parametrize(
-    "keys", [{}, {"schedule": "staggered"}, {"schedule": "adaptive"}, {"proj_type": "full"}], ids=str
+    "keys",
+    [
+        {"update_proj_gap": never},
+        {"update_proj_gap": never, "proj_type": "full"},
+        {"update_proj_gap": 10**9},
+        {"update_proj_gap": 10**9, "schedule": "staggered"},
+        {"update_proj_gap": 10**9, "schedule": "adaptive"},
+        {"update_proj_gap": 10**9, "proj_type": "full"},
+    ],
+    ids=lambda keys: "-".join(getattr(value, "__name__", str(value)) for value in keys.values()),
 )
-def test_a_schedule_that_never_fires_still_makes_the_first_basis(device, gap, keys):
+def test_a_schedule_that_never_fires_still_makes_the_first_basis(device, keys):
     """Guards against training without a basis, or with none after a first gradient of zeros."""
-    if callable(gap) and "schedule" in keys:
-        return
-    params, opt = make(device, {"update_proj_gap": gap, **keys}, SHAPES[:2])
+    params, opt = make(device, keys, SHAPES[:2])
     for p in params:
         p.grad = torch.zeros_like(p)
     opt.step()
@@ -356,7 +363,7 @@ def test_a_callable_that_raises_leaves_all_as_it_was(device):
     set_gradients(params_of(opt), 2)
     with pytest.raises(KeyError, match="mine") as raised:
         opt.step()
-    assert any("w1" in note for note in getattr(raised.value, "__notes__", ["w1"]))
+    assert sys.version_info < (3, 11) or "for w1 " in raised.value.__notes__[0]
     assert same(snapshot(opt), before)
     fails = False
     opt.step()

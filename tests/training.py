@@ -36,6 +36,15 @@ KINDS = {
         {"proj_type": "full", "refresh_at": "end", "update_proj_gap": 3},
     ),
     "full_reset": ((24, 16), torch.float32, {"proj_type": "full", "moments": "reset", "update_proj_gap": 3}),
+    "best": ((24, 16), torch.float32, {"preset": "best", "update_proj_gap": 3}),
+    "sign": ((16, 24), torch.float32, {"residual": "sign", "update_proj_gap": 3}),
+    "scaled_tolerance": (
+        (24, 16),
+        torch.float32,
+        {"residual": "scaled", "tolerance": 0.4, "min_rank": 2, "update_proj_gap": 3},
+    ),
+    "normalized_stack": ((3, 12, 16), torch.float32, {"residual": "normalized", "update_proj_gap": 3}),
+    "feedback": ((24, 16), torch.float32, {"residual": "feedback", "update_proj_gap": 3}),
     "bf16": ((24, 16), torch.bfloat16, {"update_proj_gap": 3}),
     "stack": ((3, 12, 16), torch.float32, {"update_proj_gap": 3}),
     "stack_tolerance": ((3, 12, 16), torch.float32, {"tolerance": 0.4, "update_proj_gap": 3}),
@@ -45,6 +54,9 @@ KINDS = {
     "conv": ((12, 3, 3, 3), torch.float32, {"update_proj_gap": 3}),
     "conv_channels_last": ((12, 3, 3, 3), torch.float32, {"update_proj_gap": 3}),
 }
+
+STEPPING_OUTSIDE = ("best", "sign", "scaled_tolerance", "normalized_stack")
+"""Kinds whose residual makes a step too."""
 
 
 def weight(kind, device="cpu"):

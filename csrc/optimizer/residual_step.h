@@ -31,7 +31,7 @@ class ResidualStep {
 };
 
 // What a step of E is made of.  Beside `memory` nothing as large as a weight is made of it, but to
-// orthogonalize E, which takes up to three such.  Nobody waits for a device.
+// orthogonalize E, which takes several such.  Nobody waits for a device.
 struct Outside {
   Matrices grads;      // in the order of the tiles
   Matrices bases;      // s x r each, in the dtype to multiply in
