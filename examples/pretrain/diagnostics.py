@@ -8,7 +8,7 @@ import torch
 
 from galore_rrf.diagnostics import SubspaceRecord
 
-QUANTITIES = ("rank", "energy_kept", "angle")
+QUANTITIES = ("rank", "energy_kept", "residual_norm", "angle", "refreshes", "refresh_seconds")
 """Of a record, what is shown over training."""
 
 

@@ -97,8 +97,9 @@ def test_tensorboard_shows_them(folder):
     run(config, resume=False)
     board = EventAccumulator(str(config.out / "tensorboard"), size_guidance={"scalars": 0})
     board.Reload()
-    lines = noted(config.out)
-    for key, steps in {"energy_kept": [1, 4, 7], "rank": [1, 4, 7], "angle": [4, 7]}.items():
+    lines = [json.loads(line) for line in (config.out / "diagnostics.jsonl").read_text().splitlines()]
+    always = ("energy_kept", "residual_norm", "rank", "refreshes", "refresh_seconds")
+    for key, steps in {"angle": [4, 7], **{key: [1, 4, 7] for key in always}}.items():
         found = {(line["name"], line["refreshed_at"]): line[key] for line in lines}
         for name in {line["name"] for line in lines}:
             events = board.Scalars(f"{key}/{name}")
@@ -120,7 +121,7 @@ def test_state_bytes_follow_ranks(folder):
     assert f"{last / 2**20:,.1f} MiB ({low:,.1f} MiB to {high:,.1f} MiB)" in runs_table([read])
 
 
-def line(name, refreshed_at, energy, angle, rank=8):
+def line(name, refreshed_at, energy, angle, rank=8, **others):
     return {
         "step": 40,
         "refreshed_at": refreshed_at,
@@ -128,7 +129,14 @@ def line(name, refreshed_at, energy, angle, rank=8):
         "rank": rank,
         "energy_kept": energy,
         "angle": angle,
+        **others,
     }
+
+
+def panel(figure, title):
+    """The axes with this title."""
+    (found,) = [ax for ax in figure.axes if ax.get_title() == title]
+    return found
 
 
 def make_noted(folder, lines):
@@ -192,8 +200,29 @@ def test_ranks_that_change_are_shown(tmp_path):
     """Guards against a figure that leaves out what a tolerance changes."""
     lines = [line(Q.format(0), 1, 0.5, None, 4), line(Q.format(0), 11, 0.5, 10.0, 6)]
     figure = diagnostics_figure([make_noted(tmp_path / "run", lines)])
-    (rank,) = [ax for ax in figure.axes if ax.get_title() == "Rank, by kind"]
-    assert rank.lines[0].get_ydata().tolist() == [4, 6]
+    assert panel(figure, "Rank, by kind").lines[0].get_ydata().tolist() == [4, 6]
+
+
+def test_refreshes_and_what_is_left_are_shown(tmp_path):
+    """Guards against quantities that are noted and in no picture; counts are shown where they differ."""
+    lines = [
+        line(Q.format(0), 1, 0.5, None, residual_norm=3.0, refreshes=1, refresh_seconds=0.5),
+        line(Q.format(0), 11, 0.5, 10.0, residual_norm=2.0, refreshes=2, refresh_seconds=0.75),
+    ]
+    together = diagnostics_figure([make_noted(tmp_path / "together", lines)])
+    assert not any("Refreshes" in ax.get_title() for ax in together.axes)
+    later = line(Q.format(1), 5, 0.5, None, residual_norm=1.0, refreshes=1, refresh_seconds=0.25)
+    figure = diagnostics_figure([make_noted(tmp_path / "apart", [*lines, later])])
+    expected = {
+        "Norm of what the subspace leaves": [3, 2, 1.5],
+        "Refreshes so far": [1, 1, 1.5],
+        "Time of refreshes so far": [0.5, 0.375, 0.5],
+    }
+    for title, means in expected.items():
+        assert panel(figure, f"{title}, by kind").lines[0].get_ydata().tolist() == means
+    several = diagnostics_figure([tmp_path / "together", tmp_path / "apart"])
+    for title, means in expected.items():
+        assert panel(several, title).lines[1].get_ydata().tolist() == means
 
 
 def test_many_steps_are_few_columns(tmp_path):
@@ -214,7 +243,8 @@ def test_figure_of_several_runs(tmp_path):
         make_noted(tmp_path / "c", [line(Q.format(0), 5, 1.0, 45.0, 3)]),
     ]
     figure = diagnostics_figure(folders)
-    energy, angle, rank = figure.axes
+    names = ("Energy kept by the subspace", "Angle to the subspace before", "Rank")
+    energy, angle, rank = (panel(figure, name) for name in names)
     assert [x.get_ydata().tolist() for x in energy.lines] == [
         pytest.approx([37.5, 145 / 3, 185 / 3, 80]),
         [100],

@@ -24,18 +24,13 @@ from pretrain.results.subspaces import kind_and_depth
 COLUMNS = 400  # of a heat map: more are thinner than a pixel
 _LABELS = {
     "energy_kept": ("Energy kept by the subspace", "energy kept (%)", "viridis"),
+    "residual_norm": ("Norm of what the subspace leaves", "residual norm", "viridis"),
     "angle": ("Angle to the subspace before", "angle (degrees)", "magma"),
     "rank": ("Rank", "rank", "cividis"),
+    "refreshes": ("Refreshes so far", "refreshes", "cividis"),
+    "refresh_seconds": ("Time of refreshes so far", "seconds", "cividis"),
 }
-_NUMBERS = (
-    *QUANTITIES,
-    "refreshes",
-    "gradient_norm",
-    "residual_norm",
-    "squared_cosine",
-    "refresh_seconds",
-    "state_bytes",
-)
+_NUMBERS = (*QUANTITIES, "gradient_norm", "squared_cosine", "state_bytes")
 
 
 @dataclass(frozen=True)
@@ -118,13 +113,13 @@ def _figure_of_one(name: str, subspaces: dict[str, Subspace]) -> Figure:
 def _figure_of_several(noted: Sequence[tuple[str, dict[str, Subspace]]]) -> Figure:
     """Means over all matrices, a panel for every quantity, a line for every run."""
     looks = [_look(i) for i in range(len(noted))]
-    figure = Figure(figsize=(15, 5 + 0.35 * len(noted)), layout="constrained")
-    for ax, quantity in zip(figure.subplots(1, len(_LABELS)), _LABELS, strict=True):
+    figure = Figure(figsize=(15, 9 + 0.35 * len(noted)), layout="constrained")
+    for ax, quantity in zip(figure.subplots(2, 3).flat, _LABELS, strict=True):
         for (_, subspaces), look in zip(noted, looks, strict=True):
             steps = _grid(subspaces)
             _mean(ax, _table(list(subspaces.values()), steps, quantity), steps, look)
         title, unit, _ = _LABELS[quantity]
-        style(ax, f"{title}, mean over all matrices", "step", unit)
+        style(ax, title, "step", unit)
         ax.set_xlim(left=0)
         _limit(ax, quantity)
     figure.legend(
@@ -132,7 +127,7 @@ def _figure_of_several(noted: Sequence[tuple[str, dict[str, Subspace]]]) -> Figu
         [name for name, _ in noted],
         loc="outside lower center",
     )
-    figure.suptitle(f"Subspaces of {len(noted)} runs", fontsize=14)
+    figure.suptitle(f"Subspaces of {len(noted)} runs, means over all matrices", fontsize=14)
     return figure
 
 
@@ -148,7 +143,9 @@ def _by_kind(subspaces: Mapping[str, Subspace]) -> Rows:
 
 
 def _is_shown(subspaces: Mapping[str, Subspace], quantity: str) -> bool:
-    """What was measured; ranks where there is more than one."""
+    """What was measured; ranks where there is more than one, refreshes where they are not all at once."""
+    if quantity == "refreshes":
+        return len({tuple(s.steps) for s in subspaces.values()}) > 1
     values = np.concatenate([s.values[quantity] for s in subspaces.values()])
     return len(set(values)) > 1 if quantity == "rank" else bool(np.isfinite(values).any())
 

@@ -37,8 +37,8 @@ def plot_ranks(run: Run, path: Path) -> None:
 
 
 def plot_diagnostics(run_folders: Sequence[Path], path: Path, labels: Sequence[str] | None = None) -> None:
-    """Energy kept, angle and rank over training: of one run by kind, and as a map of layers and steps; of several
-    the means, a line a run.
+    """Energy kept, residual norm, angle, rank, count and time of refreshes over training: of one run by kind, and as
+    a map of layers and steps; of several the means, a line a run.
 
     Args:
         labels: what the runs are called; by default like their folders.
