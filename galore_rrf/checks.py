@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from galore_rrf.options import SubspaceKeys, SubspaceOptions
-from galore_rrf.subspace import is_projected, is_torchs
+from galore_rrf.subspace import is_projected, is_torchs, side_of
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)  # of which our own steps can be taken
 _OFTEN = 50  # below this interval kept moments do harm
@@ -91,9 +91,16 @@ def check_states(
     for params, has_bases in ((projected, True), (plain, False)):
         for name, p in _names(group, params):
             known = state.get(p)
-            if known and ("side" in known) != has_bases:
+            if not known:
+                continue
+            key = None
+            if ("side" in known) != has_bases:
+                key = "rank"
+            elif has_bases and known["side"] != side_of(p, group["proj_type"]):
+                key = "proj_type"
+            if key is not None:
                 raise ValueError(
-                    f"the state of {name} was made under another rank than the group's {group['rank']} "
+                    f"the state of {name} was made under another {key} than the group's {group[key]!r} "
                     "(nothing was written)"
                 )
 

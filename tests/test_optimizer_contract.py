@@ -448,6 +448,8 @@ def test_parameters_are_freed_with_the_optimizer(device):
     [
         *(({"rank": None}, {"rank": 4}), ({"rank": 4}, {"rank": None}), ({"rank": 4}, {"rank": 20})),
         ({"rank": 4, "arithmetic": "bitsandbytes"}, {"rank": None}),
+        ({"rank": 4, "proj_type": "std"}, {"proj_type": "left"}),
+        ({"rank": 4, "proj_type": "full", "residual": "drop"}, {"proj_type": "std", "residual": "feedback"}),
     ],
     ids=str,
 )
@@ -459,7 +461,7 @@ def test_change_to_another_kind_of_state_is_refused(device, before, after):
     state = snapshot(opt)[:2]
     opt.param_groups[1].update(after)
     set_gradients([v, w], 2)
-    with pytest.raises(ValueError, match=r"state of w was made under another rank"):
+    with pytest.raises(ValueError, match=f"state of w was made under another {next(iter(after))} than"):
         opt.step()
     assert same(snapshot(opt)[:2], state)
     opt.param_groups[1].update(before)
