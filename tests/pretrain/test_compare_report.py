@@ -114,6 +114,55 @@ def test_what_the_report_names(comparison, tmp_path):
     assert "/home" not in report
 
 
+def test_subspaces_of_the_rows_that_have_them(comparison, tmp_path):
+    """Guards against energies of other steps, means over the wrong refreshes, and a picture that is missing."""
+    folder = comparison.folder(Training("", "ours", (0.1, 1.0), 0))
+    steps = comparison.fields(Training("", "ours", (0.1, 1.0), 0))["steps"]
+
+    def noted(name, at, rank, energy, angle, refreshes):
+        values = {"rank": rank, "energy_kept": energy, "angle": angle, "refreshes": refreshes}
+        return {"step": steps, "refreshed_at": at, "name": f"model.layers.0.{name}.weight", **values}
+
+    lines = [
+        noted("self_attn.q_proj", 1, 4, 0.9, None, 1),
+        noted("self_attn.q_proj", steps, 6, 0.5, 20.0, 2),
+        noted("mlp.up_proj", 1, 4, 0.7, None, 1),
+        noted("mlp.up_proj", steps, 10, 0.3, 40.0, 2),
+    ]
+    (folder / "diagnostics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    write_report(Outcomes(comparison), tmp_path / "found.md", "python compare.py")
+    report = (tmp_path / "found.md").read_text()
+    assert cells(report, "Subspaces", "ours")[1:] == ["6.0", "6 - 10", "80.0%", "40.0%", "30.0", "2"]
+    assert "| AdamW" not in report.split("## Subspaces")[1].split("## ")[0]
+    assert (tmp_path / "found_subspaces_ours.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_scales_side_by_side(comparison, tmp_path):
+    """Guards against losses, differences or noise of one scale in another's, and rates that were not carried over."""
+    scales = {"small": {}, "large": {"rates": "carried", "fields": {"batch": 4}}}
+    whole = comparison.comparison.model_copy(
+        update={"out": tmp_path / "scales", "against": {"ours": ["peer"]}}
+    )
+    whole = Comparison(**{**whole.model_dump(), "scales": scales, "rows": {r: ROWS[r] for r in LOSSES}})
+    trainings = Trainings(whole, comparison.fields(Training("", "AdamW", (0.1, 1.0), 0)))
+    made_up(trainings, Training("small", "AdamW", (0.2, 1.0), 0), 2.5)
+    for scale, added in (("small", 0.0), ("large", 1.0)):
+        for row, losses in LOSSES.items():
+            for seed, loss in enumerate(losses):
+                gap = added if row == "ours" else 0.0
+                made_up(trainings, Training(scale, row, (0.1, 1.0), seed), loss + gap)
+    trainings.read()
+    assert not trainings.wanted()
+    write_report(Outcomes(trainings), tmp_path / "found.md", "python compare.py")
+    report = (tmp_path / "found.md").read_text()
+    rows = [line for line in report.split("## One against another")[1].splitlines() if "| peer" in line]
+    found = {scale: line.split("|")[4].strip() for line in rows for scale in scales if f" {scale} " in line}
+    assert found == {"small": "-0.4850", "large": "+0.5150"}
+    assert cells(report, "Losses: large", "ours")[2] == f"{(2.5 + 2.62) / 2:.4f}"
+    assert cells(report, "Losses: small", "ours")[2] == f"{(1.5 + 1.62) / 2:.4f}"
+    assert "Rates that were not swept at a scale are the best of the first" in report
+
+
 def test_one_seed_has_no_noise(comparison, tmp_path):
     """Guards against a verdict where nothing tells difference from noise."""
     for folder in comparison.comparison.out.glob("*/seed=1*"):
