@@ -211,20 +211,22 @@ void store_moments(const StoredMoments& moments, const at::Tensor& in, MomentKin
 }
 
 void signed_lu(const at::Tensor& q, const at::Tensor& signs) {
-  const int64_t width = q.size(0);
+  const int64_t width = q.size(1);
   AT_DISPATCH_FLOATING_TYPES(q.scalar_type(), "signed_lu", [&] {
-    scalar_t* a = q.mutable_data_ptr<scalar_t>();
-    scalar_t* sign = signs.mutable_data_ptr<scalar_t>();
-    for (int64_t j = 0; j < width; ++j) {
-      const scalar_t* pivot_row = a + j * width;
-      sign[j] = pivot_row[j] < 0 ? 1 : -1;
-      const scalar_t pivot = sign[j] * pivot_row[j] - 1;
-      for (int64_t i = 0; i < j; ++i) a[i * width + j] *= sign[j];
-      a[j * width + j] = pivot;
-      for (int64_t i = j + 1; i < width; ++i) {
-        scalar_t* row = a + i * width;
-        const scalar_t factor = row[j] = sign[j] * row[j] / pivot;
-        for (int64_t k = j + 1; k < width; ++k) row[k] -= factor * pivot_row[k];
+    for (int64_t b = 0; b < q.size(0); ++b) {
+      scalar_t* a = q.mutable_data_ptr<scalar_t>() + b * width * width;
+      scalar_t* sign = signs.mutable_data_ptr<scalar_t>() + b * width;
+      for (int64_t j = 0; j < width; ++j) {
+        const scalar_t* pivot_row = a + j * width;
+        sign[j] = pivot_row[j] < 0 ? 1 : -1;
+        const scalar_t pivot = sign[j] * pivot_row[j] - 1;
+        for (int64_t i = 0; i < j; ++i) a[i * width + j] *= sign[j];
+        a[j * width + j] = pivot;
+        for (int64_t i = j + 1; i < width; ++i) {
+          scalar_t* row = a + i * width;
+          const scalar_t factor = row[j] = sign[j] * row[j] / pivot;
+          for (int64_t k = j + 1; k < width; ++k) row[k] -= factor * pivot_row[k];
+        }
       }
     }
   });

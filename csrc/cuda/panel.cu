@@ -25,8 +25,8 @@ void signed_lu(const at::Tensor& q, const at::Tensor& signs) {
   if (q.numel() == 0) return;
   const c10::cuda::CUDAGuard guard(q.device());
   AT_DISPATCH_FLOATING_TYPES(q.scalar_type(), "signed_lu", [&] {
-    launch(signed_lu_kernel<scalar_t>, 1, kMaxPanelThreads, q.mutable_data_ptr<scalar_t>(),
-           signs.mutable_data_ptr<scalar_t>(), q.size(0));
+    launch(signed_lu_kernel<scalar_t>, static_cast<unsigned>(q.size(0)), kMaxPanelThreads,
+           q.mutable_data_ptr<scalar_t>(), signs.mutable_data_ptr<scalar_t>(), q.size(1));
   });
 }
 

@@ -313,7 +313,7 @@ __global__ void __launch_bounds__(kMaxPanelThreads) householder_kernel(PanelStac
   HouseholderPanel<T>(stack.panels + matrix * stack.stride, stack.rows, stack.cols, stack.ld).factor();
 }
 
-// The LU factorisation of signed_lu (kernels.h): q is width x width, row-major; one thread block.
+// An LU factorisation of signed_lu (kernels.h): q is width x width, row-major; one thread block.
 //
 // Columns are eliminated in blocks of kPivots, every entry by the same operations in the same order as column
 // by column, so that the bits are the CPU's.
@@ -416,7 +416,7 @@ class SignedLU {
 
 template <class T>
 __global__ void __launch_bounds__(kMaxPanelThreads) signed_lu_kernel(T* q, T* signs, int64_t width) {
-  SignedLU<T>(q, signs, width).factor();
+  SignedLU<T>(q + blockIdx.x * width * width, signs + blockIdx.x * width, width).factor();
 }
 
 }  // namespace galore_rrf::cuda

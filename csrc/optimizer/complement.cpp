@@ -15,7 +15,7 @@ Complement::Complement(const Matrices& bases, at::ScalarType dtype) {
   const int64_t rank = q.size(2), others = q.size(1) - rank;
   const at::Tensor x1 = q.narrow(1, 0, rank).clone(at::MemoryFormat::Contiguous);
   signs_ = at::empty({q.size(0), rank, 1}, q.options());
-  for (int64_t i = 0; i < q.size(0); ++i) signed_lu_(x1.select(0, i), signs_.select(0, i).squeeze(1));
+  signed_lu_(x1, signs_.squeeze(2));
   const at::Tensor q2 = q.narrow(1, rank, others).mul(signs_.mT());
   b_ = at::linalg_solve_triangular(x1, at::linalg_solve_triangular(x1, q2, /*upper=*/true, /*left=*/false),
                                    /*upper=*/false, /*left=*/false, /*unitriangular=*/true);

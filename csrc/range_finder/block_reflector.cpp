@@ -11,6 +11,7 @@
 
 #include "kernels.h"
 #include "range_finder/orthonormal.h"
+#include "range_finder/product.h"
 
 namespace galore_rrf {
 
@@ -29,22 +30,22 @@ at::Tensor triangular_factor(const at::Tensor& v) {
 
 void signed_lu_(const at::Tensor& q, const at::Tensor& signs) {
   constexpr int64_t kBlock = 64;
-  const auto kernel = kernels_for(q).signed_lu;
-  const int64_t width = q.size(0);
-  if (width <= kBlock) return kernel(q, signs);
+  const int64_t width = q.size(1);
   for (int64_t start = 0; start < width; start += kBlock) {
     const int64_t end = std::min(start + kBlock, width), size = end - start, rest = width - end;
-    const at::Tensor columns = q.narrow(1, start, size), rows = q.narrow(0, start, size);
-    const at::Tensor block = columns.narrow(0, start, size).clone(at::MemoryFormat::Contiguous);
-    kernel(block, signs.narrow(0, start, size));
-    columns.mul_(signs.narrow(0, start, size));
-    columns.narrow(0, start, size).copy_(block);
+    const at::Tensor columns = q.narrow(2, start, size), rows = q.narrow(1, start, size);
+    const at::Tensor block = columns.narrow(1, start, size).clone(at::MemoryFormat::Contiguous);
+    const at::Tensor of_block = at::empty({q.size(0), size}, signs.options());
+    kernels_for(q).signed_lu(block, of_block);
+    columns.mul_(of_block.unsqueeze(1));
+    columns.narrow(1, start, size).copy_(block);
+    signs.narrow(1, start, size).copy_(of_block);
     if (rest == 0) return;
-    const at::Tensor below = columns.narrow(0, end, rest), right = rows.narrow(1, end, rest);
+    const at::Tensor below = columns.narrow(1, end, rest), right = rows.narrow(2, end, rest);
     below.copy_(at::linalg_solve_triangular(block, below, /*upper=*/true, /*left=*/false));
     right.copy_(at::linalg_solve_triangular(block, right, /*upper=*/false, /*left=*/true,
                                             /*unitriangular=*/true));
-    q.narrow(0, end, rest).narrow(1, end, rest).addmm_(below, right, /*beta=*/1, /*alpha=*/-1);
+    subtract_products_(q.narrow(1, end, rest).narrow(2, end, rest), below, right);
   }
 }
 
@@ -53,7 +54,7 @@ Reconstruction householder_reconstruction(const at::Tensor& q) {
   const at::Tensor v = at::empty({width, q.size(0)}, q.options()).mT();
   const at::Tensor top = q.narrow(0, 0, width).clone(at::MemoryFormat::Contiguous);
   const at::Tensor signs = at::empty({width}, q.options());
-  signed_lu_(top, signs);
+  signed_lu_(top.unsqueeze(0), signs.unsqueeze(0));
   v.narrow(0, 0, width).copy_(top.tril(-1)).diagonal().fill_(1);
   if (q.size(0) > width) {
     const at::Tensor rest = q.narrow(0, width, q.size(0) - width).mul(signs);

@@ -21,7 +21,7 @@ at::Tensor triangular_factor(const at::Tensor& v);
 // by reconstruction.
 ReflectedPanel panel_qr(const at::Tensor& panel, Panel method = Panel::householder);
 
-// The kernel of that name for any width, by blocks whose rest is left to products.
+// The kernel of that name for stacks of any width, by blocks whose rest is left to products.
 void signed_lu_(const at::Tensor& q, const at::Tensor& signs);
 
 // Householder reconstruction (Ballard et al. 2014): the H whose first w columns are those of the

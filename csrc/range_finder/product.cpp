@@ -116,6 +116,15 @@ at::Tensor multiply_stacks(const at::Tensor& a, const at::Tensor& b) {
   return out;
 }
 
+void subtract_products_(const at::Tensor& c, const at::Tensor& a, const at::Tensor& b) {
+  if (c.size(0) == 1) {
+    c.select(0, 0).addmm_(a.select(0, 0), b.select(0, 0), /*beta=*/1, /*alpha=*/-1);
+  } else {
+    at::Tensor target = c;
+    target.baddbmm_(a, b, /*beta=*/1, /*alpha=*/-1);
+  }
+}
+
 void multiply_out(const Matrices& out, const Matrices& a, const Matrices& b) {
   const auto products = kernels_for(a.front()).products;
   if (products && products(out, a, b, /*beta=*/{}, /*outcomes=*/{})) return;

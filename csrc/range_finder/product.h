@@ -43,6 +43,9 @@ at::Tensor stacked(const Matrices& matrices, at::ScalarType dtype);
 void multiply_stacks_out(at::Tensor out, const at::Tensor& a, const at::Tensor& b);
 at::Tensor multiply_stacks(const at::Tensor& a, const at::Tensor& b);
 
+// c <- c - a b, stacks.
+void subtract_products_(const at::Tensor& c, const at::Tensor& a, const at::Tensor& b);
+
 // out[i] <- a[i] b[i], a the large operands.
 void multiply_out(const Matrices& out, const Matrices& a, const Matrices& b);
 

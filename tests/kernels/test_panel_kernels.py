@@ -186,17 +186,18 @@ def test_signed_lu_has_the_bits_of_columns_one_by_one(case, width, dtype):
         expected[j + 1 :, j] = signs[j] * expected[j + 1 :, j] / expected[j, j]
         expected[j + 1 :, j + 1 :] -= expected[j + 1 :, j, None] * expected[None, j, j + 1 :]
     for threads in (64, 384) if width == 49 else (96,):
-        found, found_signs = q.contiguous().clone(), torch.empty(width, dtype=dtype)
-        host_kernels.call("signed_lu", [DTYPES.index(dtype), width, threads], [], [found, found_signs])
-        assert torch.equal(found_signs, signs)
-        assert torch.equal(found, expected)
+        found = torch.stack([torch.eye(width, dtype=dtype), q])  # the second of a stack
+        found_signs = torch.empty(2, width, dtype=dtype)
+        host_kernels.call("signed_lu", [DTYPES.index(dtype), width, threads, 2], [], [found, found_signs])
+        assert torch.equal(found_signs[1], signs)
+        assert torch.equal(found[1], expected)
 
 
 def test_signed_lu_rebuilds_reflectors():
     """Guards against factors of another matrix than q diag(signs) - I."""
     q = torch.linalg.qr(gaussian(30, 20))[0]
     top, signs = q[:20].contiguous().clone(), torch.empty(20, dtype=torch.float64)
-    host_kernels.call("signed_lu", [1, 20, 64], [], [top, signs])
+    host_kernels.call("signed_lu", [1, 20, 64, 1], [], [top, signs])
     v, _, expected_signs = reference.householder_reconstruction(q)
     assert torch.equal(signs, expected_signs)
     torch.testing.assert_close(top.tril(-1), v[:20].tril(-1), rtol=0, atol=1e-12)

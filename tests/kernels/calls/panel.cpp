@@ -20,11 +20,11 @@ const kernels::Registered threads("panel_threads", [](const kernels::Arguments& 
   *a.buffer<int64_t>(0) = cuda::panel_threads(a.whole[0]);
 });
 
-// type, width, threads; q, signs.
+// type, width, threads, matrices; q, signs.
 const kernels::Registered signed_lu("signed_lu", [](const kernels::Arguments& a) {
   kernels::with_type<float, double>(a.whole[0], [&]<class T>(T*) {
-    shim::launch(cuda::signed_lu_kernel<T>, {1, 1, 1}, {a.size(2), 1, 1}, 0, a.buffer<T>(0), a.buffer<T>(1),
-                 a.whole[1]);
+    shim::launch(cuda::signed_lu_kernel<T>, {a.size(3), 1, 1}, {a.size(2), 1, 1}, 0, a.buffer<T>(0),
+                 a.buffer<T>(1), a.whole[1]);
   });
 });
 
