@@ -42,7 +42,7 @@ class Progress:
 
     Attributes:
         name: of the parameter, or its group and its place there.
-        step: steps taken.
+        step: steps taken; with ``moments="reset"`` since the last refresh.
         refreshes: of its subspace; 0: the next step makes the first, whatever the answer.
         last_refresh: steps taken before the last one.
         energy: ||R||^2 / ||G||^2 of the first step after the last refresh, whose gradient the basis was not found of.
