@@ -61,8 +61,8 @@ struct Kernels {
   // Whether Cholesky QR twice, its Gram matrices in fp64, is the fastest way to orthonormal columns.
   bool (*cholesky_qr_pays)();
 
-  // The LU factorisations without pivoting of q diag(signs) - I in place of q, a stack (B x w x w, row-major):
-  // signs (B x w), +-1, chosen so that no pivot is under 1.
+  // The LU factorisations without pivoting of q diag(signs) - I in place of q, a stack (B x w x w,
+  // row-major): signs (B x w), +-1, chosen so that no pivot is under 1.
   void (*signed_lu)(const at::Tensor& q, const at::Tensor& signs);
 
   // Panels, a stack (m x w each, m >= w, column-major) in fp32 or fp64, become orthonormal bases of their
