@@ -31,6 +31,7 @@ at::Tensor triangular_factor(const at::Tensor& v) {
 void signed_lu_(const at::Tensor& q, const at::Tensor& signs) {
   constexpr int64_t kBlock = 64;
   const int64_t width = q.size(1);
+  if (width <= kBlock) return kernels_for(q).signed_lu(q, signs);  // a panel's, without a copy
   for (int64_t start = 0; start < width; start += kBlock) {
     const int64_t end = std::min(start + kBlock, width), size = end - start, rest = width - end;
     const at::Tensor columns = q.narrow(2, start, size), rows = q.narrow(1, start, size);
