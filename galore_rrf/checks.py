@@ -11,10 +11,26 @@ import torch
 from torch import Tensor
 
 from galore_rrf.options import SubspaceKeys, SubspaceOptions
+from galore_rrf.outcomes import Outcomes
 from galore_rrf.subspace import is_projected, is_torchs, side_of
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)  # of which our own steps can be taken
 _OFTEN = 50  # below this interval kept moments do harm
+
+# What a CUDA graph can capture of projected groups.
+_CAPTURED: dict[str, tuple[Any, ...]] = {
+    "tolerance": (None,),
+    "projector": ("range_finder",),
+    "moments": ("rotate", "reset"),
+    "oversampling": (0,),
+    "proj_type": ("std", "reverse_std", "right", "left"),
+    "nonfinite": ("skip",),
+    "schedule": ("fixed",),
+    "basis_from": ("gradient",),
+}
+NO_STATE_TO_CAPTURE = (
+    "no step can be captured in a CUDA graph before there are states: take some first, also after loading"
+)
 
 
 def did_you_mean(key: str) -> str:
@@ -124,3 +140,22 @@ def check_finite(group: dict[str, Any], params: Iterable[Tensor]) -> None:
     for name, p in _names(group, params):
         if not bool(torch.isfinite(torch.linalg.vector_norm(gradient_of(p), float("inf")))):
             raise FloatingPointError(f"the gradient of {name} is not finite (nothing was written)")
+
+
+def check_captured(
+    group: dict[str, Any],
+    params: Iterable[Tensor],
+    states: Mapping[Tensor, dict[str, Any]],
+    outcomes: Outcomes,
+) -> None:
+    """Raises for what a CUDA graph cannot capture: steps that wait for the device, and states yet to be made."""
+    for key, captured in _CAPTURED.items():
+        if group[key] not in captured:
+            raise RuntimeError(
+                f"{key}={group[key]!r} cannot be captured in a CUDA graph, since its steps wait for the device "
+                f"(captured: {key}={' or '.join(map(repr, captured))})"
+            )
+    for p in params:
+        state = states.get(p)
+        if not state or state["step"].device != p.device or not outcomes.is_known(state):
+            raise RuntimeError(NO_STATE_TO_CAPTURE)

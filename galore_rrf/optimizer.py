@@ -1,12 +1,10 @@
-"""GaLoreAdamW: parameter groups and dispatch; all numbers are computed in `ops` and `subspace`."""
+"""GaLoreAdamW: parameter groups, what is due, and dispatch; nothing numerical."""
 
 from __future__ import annotations
 
-import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,8 +14,10 @@ from torch.optim.optimizer import _use_grad_for_differentiable
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import Unpack
 
-from galore_rrf import checkpoint, moments, ops, schedule, tucker
+from galore_rrf import checkpoint, moments, ops, schedule
 from galore_rrf.checks import (
+    NO_STATE_TO_CAPTURE,
+    check_captured,
     check_finite,
     check_gradients,
     check_group,
@@ -27,59 +27,24 @@ from galore_rrf.checks import (
     gradient_of,
 )
 from galore_rrf.diagnostics import (
-    Observations,
     RefreshHook,
     SubspaceRecord,
     named_states,
     names_of,
-    squared_cosine,
 )
 from galore_rrf.options import SubspaceKeys, SubspaceOptions, given, resolve
-from galore_rrf.outcomes import Outcomes, Told
 from galore_rrf.param_groups import with_rank
+from galore_rrf.projected_step import History, ProjectedStep
 from galore_rrf.subspace import (
-    LEFT,
-    RESIDUAL_STATES,
-    RIGHT,
     SCHEMA_VERSION,
-    as_matrices,
-    bases_of,
     follow,
-    is_measured,
     is_projected,
     is_torchs,
     matrix_ids,
     new_state,
-    projected_form,
     rank_of,
-    refresh,
-    refreshed_in_step,
-    take_average,
     zero_moments,
 )
-
-# What a CUDA graph can capture of projected groups.
-_CAPTURED: dict[str, tuple[Any, ...]] = {
-    "tolerance": (None,),
-    "projector": ("range_finder",),
-    "moments": ("rotate", "reset"),
-    "oversampling": (0,),
-    "proj_type": ("std", "reverse_std", "right", "left"),
-    "nonfinite": ("skip",),
-    "schedule": ("fixed",),
-    "basis_from": ("gradient",),
-}
-_NO_STATE = (
-    "no step can be captured in a CUDA graph before there are states: take some first, also after loading"
-)
-
-
-class _Refreshed(NamedTuple):
-    """A refresh made outside the step operator."""
-
-    coefficients: Tensor | None  # the projected gradient in the new subspace; None: it failed
-    cosine: Tensor | None  # squared, of the angles between both subspaces
-    seconds: float
 
 
 class GaLoreAdamW(AdamW):
@@ -103,8 +68,6 @@ class GaLoreAdamW(AdamW):
         ValueError, TypeError: naming the argument, its value and what is allowed.
     """
 
-    _refresh_seconds = 0.0  # of the class, since copies and unpickled optimizers begin there
-
     def __init__(
         self,
         params: Any,
@@ -126,8 +89,7 @@ class GaLoreAdamW(AdamW):
                 raise TypeError(f"GaLoreAdamW got an unexpected keyword argument {key!r}{did_you_mean(key)}")
         resolved = resolve(subspace)
         self._subspace_defaults = dict(subspace)
-        self._outcomes = Outcomes()
-        self._observations = Observations()
+        self._history = History()
         self._refresh_hooks: OrderedDict[int, RefreshHook] = OrderedDict()
         super().__init__(
             with_rank(params, resolved["rank"]),
@@ -170,16 +132,16 @@ class GaLoreAdamW(AdamW):
     @property
     def refresh_seconds(self) -> float:
         """Wall-clock seconds that refreshes have taken in this object's steps; no part of its state."""
-        return self._refresh_seconds
+        return self._history.refresh_seconds
 
     def diagnostics(self) -> list[SubspaceRecord]:
         """A record of every projected parameter that has taken a step: rank, energy kept, angle, times, bytes.
 
         Waits for steps that are still under way.
         """
-        self._outcomes.settle()
+        self._history.outcomes.settle()
         return [
-            self._observations.record(name, p, state, self._outcomes.taken(state))
+            self._history.record(name, p, state)
             for name, p, state in named_states(self.param_groups, self.state)
         ]
 
@@ -195,11 +157,11 @@ class GaLoreAdamW(AdamW):
         return handle
 
     def _tell_refreshes(self) -> None:
-        refreshed = self._observations.refreshed()
+        refreshed = self._history.observations.refreshed()
         if not refreshed or not self._refresh_hooks:
             return
         records = [
-            self._observations.record(name, p, state, self._outcomes.taken(state))
+            self._history.record(name, p, state)
             for name, p, state in named_states(self.param_groups, self.state)
             if p in refreshed
         ]
@@ -225,7 +187,7 @@ class GaLoreAdamW(AdamW):
             for group, options in ((group, SubspaceOptions.of(group)) for group in self.param_groups)
         ]
         # With ``fused=True`` GradScaler leaves unscaling and skipping to the optimizer; torch's plain path does both.
-        self._outcomes.settle()
+        self._history.outcomes.settle()
         self._tell_refreshes()  # of the step before, on CUDA
         found_inf, grad_scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
         if found_inf is not None and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
@@ -268,7 +230,7 @@ class GaLoreAdamW(AdamW):
         for p in params:
             if not self.state[p]:
                 if capturing:
-                    raise RuntimeError(_NO_STATE)
+                    raise RuntimeError(NO_STATE_TO_CAPTURE)
                 self.state[p].update(
                     step=torch.zeros((), dtype=torch.float32, device=p.device),
                     **{
@@ -352,7 +314,7 @@ class GaLoreAdamW(AdamW):
             name_of = names_of(i, group)
             for p in projected:
                 state = self.state.get(p, {})
-                taken = self._outcomes.taken(state) if state else 0
+                taken = self._history.outcomes.taken(state) if state else 0
                 answers[p] = schedule.asked(due, name_of[p], taken, state)
         return answers
 
@@ -383,7 +345,7 @@ class GaLoreAdamW(AdamW):
             return answers[p] or not state["refreshes"]
         return schedule.is_due(
             state,
-            self._outcomes.taken(state),
+            self._history.outcomes.taken(state),
             options.schedule,
             gap,
             phases.get(p, 0),
@@ -399,211 +361,13 @@ class GaLoreAdamW(AdamW):
         answers: Mapping[Tensor, bool],
         phases: Mapping[Tensor, int],
     ) -> None:
-        """Refreshes that may change shapes first, then the step of all."""
         if params[0].is_cuda and torch.cuda.is_current_stream_capturing():
-            self._check_captured(group, params)
+            check_captured(group, params, self.state, self._history.outcomes)
         self._init_projected(params, options)
         for p in params:
             follow(p, self.state[p], options)
         due = {p for p in params if self._is_due(p, options, answers, phases)}
-        for p in [p for p in params if self.state[p]["side"] not in (RIGHT, LEFT)]:
-            self._tucker_step(p, group, options, due=p in due)
-        params = [p for p in params if self.state[p]["side"] in (RIGHT, LEFT)]
-        if options.basis_from == "average":
-            for p in params:
-                take_average(as_matrices(gradient_of(p)), self.state[p], float(group["betas"][0]))
-        within = {p for p in due if refreshed_in_step(p, self.state[p], options)}
-        apart = [p for p in params if p in due and p not in within]
-        later = {p for p in apart if options.refresh_at == "end" and self.state[p]["refreshes"]}
-        made = self._refresh(group, options, [p for p in apart if p not in later])
-        refreshes = [self.state[p]["refreshes"] if p in within else -1 for p in params]
-        measuring = bool(later) or is_measured(options)
-        measures = self._call(group, options, params, refreshes, made, measuring=measuring)
-        refreshed_after = self._refresh(group, options, [p for p in params if p in later])
-        rows = dict(zip(params, measures, strict=True)) if measures is not None else {}
-        for p, refreshed in refreshed_after.items():
-            state = self.state[p]
-            self._refresh_seconds += refreshed.seconds
-            if refreshed.cosine is not None:
-                state["refreshes"] += 1
-                state["last_refresh"] = int(state["step"]) - 1
-                gradient, projected, _ = rows[p].tolist()
-                numbers = gradient, projected, float(refreshed.cosine)
-                told = Told(state["last_refresh"], stepped=True, refreshed=True, measures=numbers)
-                self._note(options, [p], [state], [refreshed.seconds], [told])
-
-    def _refresh(
-        self, group: dict[str, Any], options: SubspaceOptions, params: list[Tensor]
-    ) -> dict[Tensor, _Refreshed]:
-        """The refreshes that the step operator does not do itself."""
-        if not params:
-            return {}
-        states = [self.state[p] for p in params]
-        beta1, beta2 = map(float, group["betas"])
-        before = [state["basis"] for state in states]
-        start = time.perf_counter()
-        grads = [self._fed(p, options) for p in params]
-        coefficients = refresh(states, grads, options, (beta1, beta2), group["maximize"])
-        elapsed = time.perf_counter() - start
-        costs = [p.numel() * state["rank"] for p, state in zip(params, states, strict=True)]
-        return {
-            p: _Refreshed(
-                projected,
-                None if projected is None else squared_cosine(old, state["basis"]),
-                elapsed * cost / sum(costs),
-            )
-            for p, state, old, projected, cost in zip(
-                params, states, before, coefficients, costs, strict=True
-            )
-        }
-
-    def _check_captured(self, group: dict[str, Any], params: Iterable[Tensor]) -> None:
-        """Raises for what a CUDA graph cannot capture: steps that wait for the device, and states yet to be made."""
-        for key, captured in _CAPTURED.items():
-            if group[key] not in captured:
-                raise RuntimeError(
-                    f"{key}={group[key]!r} cannot be captured in a CUDA graph, since its steps wait for the device "
-                    f"(captured: {key}={' or '.join(map(repr, captured))})"
-                )
-        for p in params:
-            state = self.state.get(p)
-            if not state or state["step"].device != p.device or not self._outcomes.is_known(state):
-                raise RuntimeError(_NO_STATE)
-
-    def _tucker_step(self, p: Tensor, group: dict[str, Any], options: SubspaceOptions, *, due: bool) -> None:
-        beta1, beta2 = map(float, group["betas"])
-        state = self.state[p]
-        taken, refreshes, before = int(state["step"]), state["refreshes"], bases_of(state)
-        seconds = tucker.step(
-            p,
-            gradient_of(p),
-            state,
-            options,
-            due=due,
-            lr=float(group["lr"]),
-            betas=(beta1, beta2),
-            weight_decay=group["weight_decay"],
-            eps=group["eps"],
-            maximize=group["maximize"],
-            correct_bias=group.get("correct_bias", True),
-        )
-        self._refresh_seconds += seconds
-        refreshed = state["refreshes"] > refreshes
-        if refreshed or is_measured(options):
-            used = before if options.refresh_at == "end" and refreshes > 0 else bases_of(state)
-            measures = tucker.measures(state, projected_form(gradient_of(p), state["side"]), before, used)
-            stepped = int(state["step"]) != taken or refreshed
-            told = Told(int(state["step"]) - stepped, stepped, refreshed, measures)
-            self._note(options, [p], [state], [seconds], [told])
-
-    def _note(
-        self,
-        options: SubspaceOptions,
-        params: list[Tensor],
-        states: list[dict[str, Any]],
-        seconds: list[float],
-        told: list[Told],
-    ) -> None:
-        """A step of `params` is known."""
-        self._observations.note(params, states, seconds, told)
-        if is_measured(options):
-            for state, one in zip(states, told, strict=True):
-                schedule.learn(state, options.update_proj_gap, one)
-
-    def _call(
-        self,
-        group: dict[str, Any],
-        options: SubspaceOptions,
-        params: list[Tensor],
-        refreshes: list[int],
-        made: Mapping[Tensor, _Refreshed],
-        *,
-        measuring: bool,
-    ) -> Tensor | None:
-        """The step of all, after the refreshes `made` before it; what was measured, always where `measuring`."""
-        states = [self.state[p] for p in params]
-        weights = [as_matrices(p) for p in params]
-        beta1, beta2 = group["betas"]
-        coefficients = [made[p].coefficients if p in made else None for p in params]
-        seconds = torch.tensor(
-            [made[p].seconds if p in made else 0.0 for p in params], dtype=torch.float64, device="cpu"
-        )
-        measures = self._measures(params, refreshes, coefficients, measuring)
-        try:
-            outcomes = ops.projected_adamw_(
-                weights,
-                [as_matrices(gradient_of(p)) for p in params],
-                [state["exp_avg"] for state in states],
-                [state["exp_avg_sq"] for state in states],
-                [state["basis"] for state in states],
-                [state["step"] for state in states],
-                coefficients,
-                [state["side"] for state in states],
-                [state["key"] for state in states],
-                refreshes,
-                lr=group["lr"],
-                beta1=float(beta1),
-                beta2=float(beta2),
-                eps=group["eps"],
-                weight_decay=group["weight_decay"],
-                scale=options.scale,
-                maximize=group["maximize"],
-                correct_bias=group.get("correct_bias", True),
-                arithmetic=options.arithmetic,
-                sketch=options.sketch,
-                power=options.power,
-                oversampling=options.oversampling,
-                moments=options.moments,
-                seed=options.seed,
-                stochastic_rounding=options.stochastic_rounding,
-                residual=options.residual,
-                residual_scale=options.residual_scale,
-                refresh_at=options.refresh_at,
-                refresh_seconds=seconds,
-                measures=measures,
-                exp_avg_scales=[moments.scale(state, "exp_avg") for state in states],
-                exp_avg_sq_scales=[moments.scale(state, "exp_avg_sq") for state in states],
-                residual_states=self._residual_states(options, params),
-            )
-        except BaseException:
-            self._outcomes.forget(states)
-            raise
-        self._refresh_seconds += float(seconds.sum())
-        if measures is not None:
-            for row, p in zip(measures, params, strict=True):
-                if p in made and made[p].cosine is not None:
-                    row[2] = made[p].cosine
-        listener = partial(self._note, options, params, states, seconds.tolist())
-        self._outcomes.add(outcomes, states, measures, listener, resets=options.moments == "reset")
-        for p, weight in zip(params, weights, strict=True):
-            if weight.data_ptr() != p.data_ptr():  # unfolded from a layout that has no view as a matrix
-                p.copy_(weight.view(p.shape))
-        return measures
-
-    @staticmethod
-    def _measures(
-        params: list[Tensor], refreshes: list[int], coefficients: list[Tensor | None], measuring: bool
-    ) -> Tensor | None:
-        """Room for what a step with refreshes measures; none in a CUDA graph, which nobody listens to."""
-        refreshed = measuring or any(i >= 0 for i in refreshes) or any(r is not None for r in coefficients)
-        device = params[0].device if params else torch.device("cpu")
-        if not refreshed or (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
-            return None
-        return torch.empty(len(params), 3, dtype=torch.float64, device=device)
-
-    def _fed(self, p: Tensor, options: SubspaceOptions) -> Tensor:
-        """The gradient as a refresh sees it: with ``residual="feedback"`` it has what was outside the subspace."""
-        grad = gradient_of(p)
-        if options.residual == "feedback":
-            grad = grad.add(self.state[p]["error"], alpha=options.residual_scale)
-        return as_matrices(grad)
-
-    def _residual_states(self, options: SubspaceOptions, params: list[Tensor]) -> list[Tensor] | None:
-        name = RESIDUAL_STATES.get(options.residual)
-        if name is None:
-            return None
-        states = [self.state[p][name] for p in params]
-        return [as_matrices(state) for state in states] if name == "error" else states
+        ProjectedStep(group, options, self.state, self._history).take(params, due)
 
     def _init_projected(self, params: list[Tensor], options: SubspaceOptions) -> None:
         """State for parameters that have none; their matrix ids are positions among all matrices."""
@@ -615,7 +379,7 @@ class GaLoreAdamW(AdamW):
 
     def state_dict(self) -> dict[str, Any]:
         """As of any torch optimizer; waits for steps that are still under way."""
-        self._outcomes.settle()
+        self._history.outcomes.settle()
         saved = super().state_dict()
         for group in saved["param_groups"]:
             if callable(group["update_proj_gap"]):
@@ -655,16 +419,17 @@ class GaLoreAdamW(AdamW):
 
     def __getstate__(self) -> dict[str, Any]:
         """Begins copying and pickling, with what has been done counted."""
-        self._outcomes.settle()
+        self._history.outcomes.settle()
         return super().__getstate__()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Ends unpickling and loading; what is loaded comes from the file, not from the base class, which has
         cast it to the dtype of the weights."""
         super().__setstate__(state)
-        self._outcomes = Outcomes()
-        self._observations = Observations()
-        if not hasattr(self, "_refresh_hooks"):  # loading keeps those that there are
+        if hasattr(self, "_history"):  # loading
+            self._history.forget_states()
+        else:  # a copy, or unpickled
+            self._history = History()
             self._refresh_hooks = OrderedDict()
         for p, loaded in getattr(self, "_loading", ()):
             self.state[p] = loaded

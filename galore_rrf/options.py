@@ -81,6 +81,12 @@ def _invalid(name: str, value: object, allowed: str, kind: type[Exception] = Val
     return kind(f"Invalid {name}: {value!r} (must be {allowed})")
 
 
+class ExcludedOptions(ValueError):
+    """Options that do not go together, `names`."""
+
+    names: tuple[str, ...] = ()
+
+
 def _check_int(name: str, value: object, least: int, allowed: str) -> None:
     if isinstance(value, bool) or not isinstance(value, int):
         raise _invalid(name, value, allowed, TypeError)
@@ -192,8 +198,10 @@ class SubspaceOptions:
         if not callable(self.update_proj_gap):
             _check_int("update_proj_gap", self.update_proj_gap, 1, "a positive integer or a callable")
         elif self.schedule != "fixed":
-            raise ValueError(
-                f"schedule={self.schedule!r} goes with an integer update_proj_gap, got {self.update_proj_gap!r}"
+            raise self._excluded(
+                "a schedule other than 'fixed' goes with an integer update_proj_gap",
+                "schedule",
+                "update_proj_gap",
             )
         _check_int("power", self.power, 0, "an integer, not negative")
         _check_int("oversampling", self.oversampling, 0, "an integer, not negative")
@@ -206,43 +214,49 @@ class SubspaceOptions:
         _check_number("residual_scale", self.residual_scale, math.isfinite, "a finite number")
         for name in _OF_ONE_SIDE if self.proj_type in ("full", "tucker") else ():
             if getattr(self, name) != getattr(SubspaceOptions, name):
-                raise ValueError(
-                    f"{name} goes with a projection of one side, got {name}={getattr(self, name)!r} and "
-                    f"proj_type={self.proj_type!r}"
-                )
+                raise self._excluded(f"{name} goes with a projection of one side", name, "proj_type")
         if self.tolerance is not None:
             _check_number("tolerance", self.tolerance, lambda x: 0 < x < 1, "between 0 and 1, or None")
             if self.projector != "range_finder" or self.moments == "keep":
-                raise ValueError(
-                    f"tolerance goes with projector='range_finder' and moments='rotate' or 'reset' (ranks change), "
-                    f"got tolerance={self.tolerance!r}, projector={self.projector!r} and moments={self.moments!r}"
+                raise self._excluded(
+                    "tolerance goes with projector='range_finder' and moments='rotate' or 'reset' (ranks change)",
+                    "tolerance",
+                    "projector",
+                    "moments",
                 )
         if self.min_rank is not None:
             _check_int("min_rank", self.min_rank, 1, "a positive integer or None")
             if self.tolerance is None:
-                raise ValueError(
-                    f"min_rank goes with tolerance, got min_rank={self.min_rank} and tolerance=None"
-                )
+                raise self._excluded("min_rank goes with tolerance", "min_rank", "tolerance")
             if self.rank is not None and self.min_rank > self.rank:
-                raise ValueError(
-                    f"min_rank must be at most rank, the cap, got min_rank={self.min_rank} and rank={self.rank}"
-                )
+                raise self._excluded("min_rank must be at most rank, the cap", "min_rank", "rank")
         if self.residual == "feedback":
             if self.refresh_at == "end":
-                raise ValueError("residual='feedback' goes with refresh_at='start', got refresh_at='end'")
+                raise self._excluded(
+                    "residual='feedback' goes with refresh_at='start'", "residual", "refresh_at"
+                )
             if not 0 <= self.residual_scale <= 1:
-                raise ValueError(
-                    f"residual='feedback' goes with a residual_scale from 0 to 1 (over 1 the error grows without "
-                    f"bound), got residual_scale={self.residual_scale!r}"
+                raise self._excluded(
+                    "residual='feedback' goes with a residual_scale from 0 to 1 (over 1 the error grows without bound)",
+                    "residual",
+                    "residual_scale",
                 )
         if self.moments == "reset":
             if self.refresh_at == "end":
-                raise ValueError("moments='reset' goes with refresh_at='start', got refresh_at='end'")
+                raise self._excluded("moments='reset' goes with refresh_at='start'", "moments", "refresh_at")
             if self.stochastic_rounding:
-                raise ValueError(
+                raise self._excluded(
                     "stochastic_rounding, whose random numbers go by the count of steps, goes with "
-                    "moments='rotate' or 'keep', got moments='reset'"
+                    "moments='rotate' or 'keep'",
+                    "stochastic_rounding",
+                    "moments",
                 )
+
+    def _excluded(self, why: str, *names: str) -> ExcludedOptions:
+        *first, last = (f"{name}={getattr(self, name)!r}" for name in names)
+        error = ExcludedOptions(f"{why}, got {', '.join(first)} and {last}")
+        error.names = names
+        return error
 
     @classmethod
     def of(cls, group: Mapping[str, Any]) -> SubspaceOptions:
@@ -271,9 +285,9 @@ def resolve(keys: Mapping[str, Any], defaults: Mapping[str, Any] | None = None) 
         of_preset.pop("residual_scale", None)
     try:
         options = SubspaceOptions(**{**of_preset, **chosen})
-    except ValueError as error:
-        if any(f"{name}={value!r}" in str(error) and name not in chosen for name, value in of_preset.items()):
-            raise ValueError(f"{error} (by preset={preset!r})") from None
+    except ExcludedOptions as error:
+        if any(name in of_preset and name not in chosen for name in error.names):
+            raise ExcludedOptions(f"{error} (by preset={preset!r})") from None
         raise
     return {name: getattr(options, name) for name in names}  # asdict would copy a callable
 

@@ -24,6 +24,7 @@ from torch import Tensor
 from galore_rrf import moments, ops
 from galore_rrf.diagnostics import squared_cosine
 from galore_rrf.options import SubspaceOptions
+from galore_rrf.refresh import sketched, unless_out_of_memory
 from galore_rrf.subspace import (
     BOTH,
     LEFT,
@@ -33,8 +34,6 @@ from galore_rrf.subspace import (
     modes_of,
     projected_form,
     rank_of,
-    sketched,
-    unless_out_of_memory,
 )
 
 

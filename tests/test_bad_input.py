@@ -42,7 +42,7 @@ REFUSED = {
     "schedule_callable": (
         {"schedule": "staggered", "update_proj_gap": callable},
         ValueError,
-        "schedule='staggered' goes with an integer update_proj_gap",
+        "goes with an integer update_proj_gap, got schedule='staggered' and update_proj_gap=<",
     ),
     "basis_from": (
         {"basis_from": "weights"},
@@ -96,12 +96,12 @@ REFUSED = {
     "feedback_at_end": (
         {"residual": "feedback", "refresh_at": "end"},
         ValueError,
-        "residual='feedback' goes with refresh_at='start', got refresh_at='end'",
+        "residual='feedback' goes with refresh_at='start', got residual='feedback' and refresh_at='end'",
     ),
     "feedback_long": (
         {"residual": "feedback", "residual_scale": 1.5},
         ValueError,
-        "residual='feedback' goes with a residual_scale from 0 to 1 .*, got residual_scale=1.5",
+        "residual='feedback' goes with a residual_scale from 0 to 1 .*, got residual='feedback' and residual_scale=1.5",
     ),
     "preset_full": (
         {"preset": "best", "proj_type": "full"},
@@ -116,12 +116,12 @@ REFUSED = {
     "reset_at_end": (
         {"moments": "reset", "refresh_at": "end"},
         ValueError,
-        "moments='reset' goes with refresh_at='start', got refresh_at='end'",
+        "moments='reset' goes with refresh_at='start', got moments='reset' and refresh_at='end'",
     ),
     "reset_rounding": (
         {"moments": "reset", "stochastic_rounding": True},
         ValueError,
-        "stochastic_rounding, .* goes with moments='rotate' or 'keep', got moments='reset'",
+        "stochastic_rounding, .* goes with moments='rotate' or 'keep', got .*=True and moments='reset'",
     ),
     "rounding_int": ({"stochastic_rounding": 1}, TypeError, r"Invalid stochastic_rounding: 1 \(must be True"),
     "scale_long": ({"scale": 10**400}, ValueError, r"Invalid scale: 1000"),

@@ -246,7 +246,7 @@ def test_seconds_are_shared_by_cost(keys, monkeypatch):
     """Guards against time that several parameters have each in full."""
     named = [(name, torch.nn.Parameter(torch.randn(12, n))) for name, n in (("small", 8), ("large", 24))]
     opt = GaLoreAdamW([{"params": named, "rank": 4, "update_proj_gap": 3, **keys}])
-    monkeypatch.setattr("galore_rrf.optimizer.time.perf_counter", itertools.count(step=2.0).__next__)
+    monkeypatch.setattr("galore_rrf.projected_step.time.perf_counter", itertools.count(step=2.0).__next__)
     train(opt, [p for _, p in named], range(5))
     assert opt.refresh_seconds == pytest.approx(2 * 2.0)
     small, large = opt.diagnostics()
@@ -417,7 +417,7 @@ def test_a_step_that_is_known_later(device):
     opt, straight = two_gaps(), Heard()
     late, heard = copy.deepcopy(opt), Heard()
     opt.register_refresh_hook(straight)
-    late._outcomes = Late()
+    late._history.outcomes = Late()
     late.register_refresh_hook(heard)
     for step in range(1, 8):
         train(opt, params_of(opt), [step])
@@ -427,7 +427,7 @@ def test_a_step_that_is_known_later(device):
         assert len(heard.calls) == known + (step in (2, 4, 5, 6)), "at the beginning of the next step"
         if step in (3, 5):
             (late.state_dict if step == 3 else late.__getstate__)()  # settles, and tells no hook
-            assert late._outcomes.late == []
+            assert late._history.outcomes.late == []
     assert heard.names == straight.names[:-1]
     said = ("name", "steps", "since_refresh", *MEASURED[:3])
     for (_, found), (_, expected) in zip(heard.calls, straight.calls, strict=False):

@@ -10,7 +10,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from training import params_of, same, snapshot, train
 
-from galore_rrf import GaLoreAdamW, param_groups, subspace
+from galore_rrf import GaLoreAdamW, param_groups
 from galore_rrf.checkpoint import match_shapes
 
 pytestmark = pytest.mark.filterwarnings(
@@ -28,7 +28,7 @@ OPTIONS = {
 @pytest.fixture(autouse=True)
 def exact_ranks(monkeypatch):
     """By tolerance the smallest rank, not its multiple of 8: these matrices are too small for several of those."""
-    monkeypatch.setattr(subspace, "_RANK_MULTIPLE", 1)
+    monkeypatch.setattr("galore_rrf.refresh._RANK_MULTIPLE", 1)
 
 
 def model():

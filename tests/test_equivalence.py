@@ -15,7 +15,7 @@ import pytest
 import torch
 from training import gradient, gradient_like, params_of, settled
 
-from galore_rrf import GaLoreAdamW, reference, subspace
+from galore_rrf import GaLoreAdamW, reference
 
 pytestmark = pytest.mark.core
 
@@ -34,7 +34,7 @@ RANK = 4
 @pytest.fixture(autouse=True)
 def exact_ranks(monkeypatch):
     """By tolerance the smallest rank, not its multiple of 8: these matrices are too small for several of those."""
-    monkeypatch.setattr(subspace, "_RANK_MULTIPLE", 1)
+    monkeypatch.setattr("galore_rrf.refresh._RANK_MULTIPLE", 1)
 
 
 def matrices(x):

@@ -129,11 +129,11 @@ def test_an_optimizer_forgets_what_a_step_that_failed_had_taken(monkeypatch):
     opt = GaLoreAdamW([w], rank=2)
     w.grad = torch.rand_like(w)
     opt.step()
-    opt._outcomes._taken[opt.state[w]["step"]] = 1
+    opt._history.outcomes._taken[opt.state[w]["step"]] = 1
     monkeypatch.setattr("galore_rrf.ops.projected_adamw_", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         opt.step()
-    assert len(opt._outcomes._taken) == 0
+    assert len(opt._history.outcomes._taken) == 0
 
 
 def test_on_a_cpu_outcomes_are_known_at_once():

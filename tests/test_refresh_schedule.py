@@ -419,7 +419,7 @@ def test_copies_have_the_callable(device, change):
 @pytest.mark.parametrize("schedule", ["staggered", "adaptive"])
 def test_a_callable_is_a_schedule_of_its_own(schedule):
     """Guards against one of two schedules that is silently ignored."""
-    with pytest.raises(ValueError, match=f"schedule='{schedule}' goes with an integer update_proj_gap"):
+    with pytest.raises(ValueError, match=f"an integer update_proj_gap, got schedule='{schedule}' and"):
         make("cpu", {"update_proj_gap": never, "schedule": schedule})
 
 

@@ -370,7 +370,7 @@ def _residual_workspace(p: Tensor, state: Mapping[str, Any], residual: str) -> i
 def _apart_workspace(p: Tensor, state: Mapping[str, Any], basis_from: str) -> int:
     """Bytes that a refresh outside the step operator needs, beyond the projected gradient that it leaves.
 
-    Read off galore_rrf/subspace.py: of a stack all matrices at once, but for the range finder and the rotation.
+    Read off galore_rrf/refresh.py: of a stack all matrices at once, but for the range finder and the rotation.
     """
     side, length, rank = _sizes(p, state)
     size, count = compute_dtype(p).itemsize, matrix_count(p)

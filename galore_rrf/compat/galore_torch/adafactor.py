@@ -14,6 +14,7 @@ from galore_rrf.checkpoint import check_sizes, completed_groups
 from galore_rrf.checkpoint.schema import INTS, check_step, check_tensor, copied, step_tensor
 from galore_rrf.compat.galore_torch.published import PUBLISHED
 from galore_rrf.options import SubspaceOptions, resolve
+from galore_rrf.refresh import find_each
 from galore_rrf.schedule import is_due
 from galore_rrf.subspace import (
     BOTH,
@@ -22,7 +23,6 @@ from galore_rrf.subspace import (
     SCHEMA_VERSION,
     as_matrices,
     compute_dtype,
-    find_each,
     matrix_ids,
     rank_of,
     side_of,
