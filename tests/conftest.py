@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from galore_rrf import build_info, ops, reference
+from galore_rrf import build_info, ops
 
 pytest.register_assert_rewrite("bounds", "matrices")
 
@@ -50,4 +50,4 @@ def same_sketch(monkeypatch):
 
     test_sketch.py compares the matrices.
     """
-    monkeypatch.setattr(reference, "gaussian_sketch", ops.gaussian_sketch)
+    monkeypatch.setattr("galore_rrf.reference.range_finders.gaussian_sketch", ops.gaussian_sketch)

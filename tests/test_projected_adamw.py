@@ -1,6 +1,6 @@
 """projected_adamw_: step by step against the plain PyTorch reference, and what it leaves alone.
 
-The refreshed basis is a function of the spans of a sketch's first columns (`reference._orth`), so operator
+The refreshed basis is a function of the spans of a sketch's first columns (`reference.panels.orth`), so operator
 and reference agree column by column to rounding times the condition of the sketch, a few units for Gaussian
 gradients.  Adam's division is by sqrt(v) + eps: eps = 0.03 keeps what rounding does to tiny entries small
 (and makes an eps at the wrong place show).  Where columns are singular vectors, whose signs are arbitrary
