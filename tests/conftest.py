@@ -5,7 +5,7 @@ import torch
 
 from galore_rrf import build_info, ops
 
-pytest.register_assert_rewrite("bounds", "matrices")
+pytest.register_assert_rewrite("bounds", "matrices", "projected_state")
 
 DEVICES = ["cpu"]
 if torch.cuda.is_available() and "cuda" in build_info():
@@ -51,3 +51,12 @@ def same_sketch(monkeypatch):
     test_sketch.py compares the matrices.
     """
     monkeypatch.setattr("galore_rrf.reference.range_finders.gaussian_sketch", ops.gaussian_sketch)
+
+
+@pytest.fixture(params=[False, True], ids=["each", "together"])
+def together(request, device, monkeypatch):
+    """projected_state.State has matrices stepped one by one, and those of one shape together, as always on CUDA."""
+    if not request.param and device.type != "cpu":
+        pytest.skip("on CUDA they always are together")
+    monkeypatch.setattr("projected_state.State.asynchronous", request.param)
+    return request.param

@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 from matrices import generator
-from test_projected_adamw import ADAM, LEFT, RIGHT, State
+from projected_state import ADAM, LEFT, RIGHT, State
 from training import assert_same_on_a_cpu, gradient, same, set_gradients
 
 from galore_rrf import GaLoreAdamW, moments, optimizer, reference

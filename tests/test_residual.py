@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from test_projected_adamw import ADAM, LEFT, RIGHT, SKIPPED, State, assert_equal, follow, project
+from projected_state import ADAM, LEFT, RIGHT, SKIPPED, State, assert_equal, follow, project
 
 from galore_rrf.ops import projected_adamw_
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from matrices import generator, layout
-from test_projected_adamw import ADAM, LEFT, RIGHT, State
+from projected_state import ADAM, LEFT, RIGHT, State
 
 from galore_rrf import GaLoreAdamW
 from galore_rrf.ops import projected_adamw_
