@@ -2,7 +2,7 @@
 
     python -m benchmarks.range_finders [--only NAME ...] [--plots FOLDER] [--page docs/range_finders.md]
 
-Residuals and errors are evaluated in fp64.  Figures to reach are those of the project's issue 5.
+Residuals and errors are evaluated in fp64.
 """
 
 from __future__ import annotations

@@ -90,6 +90,7 @@ def command_of(args: argparse.Namespace) -> str:
         for name in getattr(args, option)
         for word in (f"--{option}", name)
     ]
+    words += ["--out", f"runs/{args.out.name}"] if args.out else []
     return shlex.join(words)
 
 

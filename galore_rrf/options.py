@@ -45,7 +45,7 @@ class SubspaceKeys(RefinementKeys, total=False):
     rank: int | None
 
 
-# In 8-bit moments twice the rank takes fewer bytes than fp32, and trains far better.
+# In 8-bit moments twice the rank takes fewer bytes than fp32 (as many of a square matrix), and trains far better.
 PRESETS: dict[str, SubspaceKeys] = {
     "default": {"state_dtype": torch.uint8},
     "published": {
@@ -105,10 +105,11 @@ def _check_number(name: str, value: object, valid: Any, allowed: str) -> None:
 class SubspaceOptions:
     """The subspace of a group's parameters.
 
-    Not together: ``proj_type="full"`` or ``"tucker"`` with `tolerance`, `residual`, `basis_from` or
-    `stochastic_rounding`; `tolerance` with ``projector="svd"`` or ``moments="keep"``; ``refresh_at="end"`` with
-    ``residual="feedback"`` or ``moments="reset"``; that with `stochastic_rounding`; a callable `update_proj_gap`
-    with a `schedule` other than ``"fixed"``.
+    Not together: `min_rank` without `tolerance`; ``proj_type="full"`` or ``"tucker"`` with `tolerance`,
+    `residual`, `basis_from` or `stochastic_rounding`; `tolerance` with ``projector="svd"`` or ``moments="keep"``;
+    ``refresh_at="end"`` with ``residual="feedback"`` or ``moments="reset"``; the former with a `residual_scale`
+    outside 0 to 1, the latter with `stochastic_rounding`; a callable `update_proj_gap` with a `schedule` other
+    than ``"fixed"``.
 
     Attributes:
         rank: columns of the basis; None: the group is plain AdamW.  With `tolerance` the cap.

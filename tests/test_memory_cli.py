@@ -140,6 +140,20 @@ def test_options_of_the_file(keys, expected, tmp_path, capsys):
     assert without["buffers"] == "-"
 
 
+@pytest.mark.parametrize("keys", ["state_dtype: 8bit", "preset: best, state_dtype: fp32"])
+def test_moments_as_the_file_keeps_them(keys, tmp_path, capsys):
+    """Guards against bytes of moments in another dtype than the file names, its preset's say."""
+    pytest.importorskip("transformers")
+    wide = TINY.replace("hidden_size: 16", "hidden_size: 512").replace("rank: 4", "rank: 64")
+    main([config(tmp_path, wide)])
+    fp32 = cells(capsys.readouterr().out)[1]["GaLore rank 64, bf16"]
+    main([config(tmp_path, wide.replace("{rank: 64}", f"{{rank: 64, {keys}}}"))])
+    row = cells(capsys.readouterr().out)[1]["GaLore rank 64, bf16"]
+    assert (float(row["momentum"]) < 0.5 * float(fp32["momentum"])) == ("8bit" in keys)
+    if "fp32" in keys:
+        assert row["momentum"] == fp32["momentum"]
+
+
 def test_activations_without_a_batch(tmp_path, capsys):
     """Guards against a number for a batch nobody named."""
     pytest.importorskip("transformers")

@@ -30,6 +30,7 @@ _COLUMNS = (
     ("peak *", "total"),
 )
 
+_STATE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "8bit": torch.uint8}
 _KEYS = ("proj_type", "residual", "basis_from")  # of GaLore, as the file or its preset has them
 
 
@@ -104,6 +105,12 @@ def _estimates(path: Path, args: argparse.Namespace) -> tuple[str, dict[str, Mem
         raise _UserError(f"{path} has no optimizer.rank: pass --rank")
     batch = args.batch or _setting(path, config, "micro_batch", "batch")
     length = args.sequence_length or _setting(path, config, "sequence_length")
+    state_dtype = optimizer.get("state_dtype")
+    if state_dtype is not None and state_dtype not in _STATE_DTYPES:
+        raise _UserError(
+            f"Invalid state_dtype in {path}: {state_dtype!r} (must be one of {', '.join(map(repr, _STATE_DTYPES))})"
+        )
+    dtype = _STATE_DTYPES.get(state_dtype)
     threads = args.threads or _setting(path, config, "threads") or torch.get_num_threads()
     llama = _llama(path, config["model"])
     checkpointing = bool(config.get("activation_checkpointing", False))
@@ -115,10 +122,18 @@ def _estimates(path: Path, args: argparse.Namespace) -> tuple[str, dict[str, Mem
     bf16 = {"dtype": torch.bfloat16, **common}
     try:
         given = {key: optimizer[key] for key in (*_KEYS, "preset") if optimizer.get(key) is not None}
+        if dtype is not None:  # over the preset's
+            given["state_dtype"] = dtype
         keys = resolve({"rank": rank, **given})
         chosen = {key: keys[key] for key in _KEYS}
         galore = estimate(
-            llama, "galore", rank=rank, projected_state_dtype=keys["state_dtype"], **chosen, **bf16
+            llama,
+            "galore",
+            rank=rank,
+            state_dtype=dtype,
+            projected_state_dtype=keys["state_dtype"],
+            **chosen,
+            **bf16,
         )
         methods = {
             "AdamW, mixed precision": estimate(llama, mixed_precision=True, **common),

@@ -192,10 +192,13 @@ def test_chosen_on_the_command_line():
 def test_the_command_names_no_folders():
     """Guards against reports with the paths of one machine."""
     args = parsed(
-        ["/home/me/configs/evidence.yaml", "--data", "/home/me/a text.txt", "--row", "best, rank 4"]
+        [
+            *("/home/me/configs/evidence.yaml", "--data", "/home/me/a text.txt", "--row", "best, rank 4"),
+            *("--out", "/home/me/elsewhere/evidence"),
+        ]
     )
     assert command_of(args) == (
-        "python examples/compare.py configs/evidence.yaml --data 'a text.txt' --row 'best, rank 4'"
+        "python examples/compare.py configs/evidence.yaml --data 'a text.txt' --row 'best, rank 4' --out runs/evidence"
     )
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
+from pretrain.comparison.config import Comparison
 from pretrain.comparison.figures import costs_figure, curves_figure, differences_figure
 from pretrain.comparison.outcome import NOISES, Outcome, Outcomes, text_of
 from pretrain.errors import UserError
@@ -103,9 +104,7 @@ def _settings(outcomes: Outcomes) -> str:
                 f"{config['steps']:,}",
                 f"{config['batch'] * config['sequence_length'] * config['steps']:,}",
                 ", ".join(map(str, outcomes.comparison.seeds_of(scale))),
-                {"swept": "both", "lr": "of the matrices", "carried": "none"}[
-                    outcomes.comparison.scales[scale].rates
-                ],
+                _swept(outcomes.comparison, scale),
             )
         )
     header = ("scale", "model", "parameters", "batch", "steps", "tokens", "seeds", "rates swept")
@@ -131,6 +130,14 @@ def _settings(outcomes: Outcomes) -> str:
             "looks worse than it is."
         )
     return markdown(header, rows, left=2) + "\n\n" + "\n\n".join(sentences)
+
+
+def _swept(comparison: Comparison, scale: str) -> str:
+    """Which rates a scale has tried several of."""
+    rows = [comparison.rows[name] for name in comparison.rows_of(comparison.scales[scale])]
+    if all(len(row.lr) == len(row.plain_lr) == 1 for row in rows):
+        return "none"
+    return {"swept": "both", "lr": "of the matrices", "carried": "none"}[comparison.scales[scale].rates]
 
 
 def _noise(outcomes: Outcomes) -> str:
