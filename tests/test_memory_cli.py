@@ -149,9 +149,8 @@ def test_moments_as_the_file_keeps_them(keys, tmp_path, capsys):
     fp32 = cells(capsys.readouterr().out)[1]["GaLore rank 64, bf16"]
     main([config(tmp_path, wide.replace("{rank: 64}", f"{{rank: 64, {keys}}}"))])
     row = cells(capsys.readouterr().out)[1]["GaLore rank 64, bf16"]
-    assert (float(row["momentum"]) < 0.5 * float(fp32["momentum"])) == ("8bit" in keys)
-    if "fp32" in keys:
-        assert row["momentum"] == fp32["momentum"]
+    share = float(row["momentum"]) / float(fp32["momentum"])
+    assert share < 0.5 if "8bit" in keys else share >= 1  # those that are not projected too, else in bf16
 
 
 def test_activations_without_a_batch(tmp_path, capsys):
