@@ -1,8 +1,10 @@
 // The extension module: importing it registers the operators; it tells how it was built.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 #include <torch/version.h>
 
 #include "kernels.h"
+#include "range_finder/product.h"
 #ifdef GALORE_RRF_WITH_CUDA
 #include "cuda/build_info.h"
 #endif
@@ -22,4 +24,5 @@ PYBIND11_MODULE(_C, m) {
 #endif
     return info;
   });
+  m.def("quick_entries", &galore_rrf::quick_entries);
 }

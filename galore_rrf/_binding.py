@@ -37,3 +37,5 @@ except ImportError as error:
     raise explained(error, torch.__version__) from error
 
 build_info = _C.build_info
+quick_entries = _C.quick_entries
+"""Entries of fp32 matrices from which on products that need not be accurate are in bf16 on this CPU; None: never."""

@@ -137,7 +137,8 @@ class SubspaceOptions:
         refresh_at: whether a new basis serves in the step that finds it (``"start"``) or from the next one on
             (``"end"``): a warm start then needs one more product with the gradient, not three.
         tolerance: at each refresh, the smallest multiple of 8 as rank whose relative residual is within it,
-            by half power sketches whatever `sketch`, `power` and `oversampling` say.
+            by half power sketches whatever `sketch`, `power` and `oversampling` say; of the matrices of a stack
+            the largest that one of them needs.
         min_rank: the least rank with `tolerance`; like the cap it need be no multiple of 8.
         nonfinite: a gradient with NaN or infinity leaves its matrix alone (``"skip"``) or, before anything
             is written, raises FloatingPointError (``"raise"``).

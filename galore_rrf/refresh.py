@@ -150,7 +150,7 @@ def _moved(
             lost = _back(state, mean) - _back({**state, "basis": basis}, rotated[0])
             share = (-1 if maximize else 1) * betas[0] / (1 - betas[0])
             error = state["error"]
-            moved["error"] = error + (share * lost).view(error.shape).to(error.dtype)
+            moved["error"] = (error + (share * lost).view(error.shape).to(error.dtype)).nan_to_num_(0, 0, 0)
     for name, moment in zip(moments.NAMES, rotated, strict=False):
         moved |= moments.kept(name, moment, state[name].dtype)
     return moved
@@ -159,34 +159,96 @@ def _moved(
 def _find_all(
     states: Sequence[Mapping[str, Any]], grads: Sequence[Tensor], options: SubspaceOptions
 ) -> list[Found]:
-    """By tolerance, all matrices in one call."""
-    assert options.tolerance is not None
-    assert options.rank is not None
-    found = ops.adaptive_range_finders(
-        [_oriented(state, grad) for state, grad in zip(states, grads, strict=True)],
-        options.tolerance,
-        options.rank,
-        [state["key"] for state in states],
-        [state["refreshes"] for state in states],
-        seed=options.seed,
-        min_rank=options.min_rank or 0,
-        multiple=_RANK_MULTIPLE,
-    )
+    """By tolerance, all matrices in one call; those of a stack at the largest rank that one of them needs."""
+    matrices = [_oriented(state, grad) for state, grad in zip(states, grads, strict=True)]
+    keys, refreshes = ([state[name] for state in states] for name in ("key", "refreshes"))
+    found = _within_tolerance(matrices, keys, refreshes, options, options.min_rank or 0)
     result: list[Found] = []
-    for state, basis, b, rank, status in zip(states, *found, strict=True):
+    for state, a, basis, b, rank, status in zip(states, matrices, *found, strict=True):
         if bool((status == Status.nonfinite).any()) or bool((status == Status.zero).all()):
             result.append(None)
             continue
         width = int(rank.max())
-        basis = basis[..., :width].contiguous()
-        # A matrix of a stack without a gradient keeps what the new rank has room for of its old basis.
-        idle = status == Status.zero
-        if bool(idle.any()):
-            old = state["basis"][idle][..., :width]
-            basis[idle] = torch.nn.functional.pad(old, (0, width - old.shape[-1])).to(basis.dtype)
-        b = b[..., :width, :].clone()  # not the whole buffer, as wide as the cap
+        basis, b = (
+            basis[..., :width].contiguous(),
+            b[..., :width, :].clone(),
+        )  # not buffers as wide as the cap
+        if basis.dim() == 3:
+            _widen(state, a, (basis, b), rank, status, options)
         result.append((basis, _oriented(state, b)))
     return result
+
+
+def _widen(
+    state: Mapping[str, Any],
+    a: Tensor,
+    found: tuple[Tensor, Tensor],
+    rank: Tensor,
+    status: Tensor,
+    options: SubspaceOptions,
+) -> None:
+    """Gives the matrices of a stack that have found lower ranks, or no gradient, bases as wide as the others'.
+
+    Columns of zeros would be no orthonormal basis, which a residual's complement is made of.
+    """
+    basis, b = found
+    width = basis.shape[-1]
+    for i in (status == Status.zero).nonzero().flatten().tolist():
+        basis[i] = _completed(state, i, width, options)
+    short = ((rank < width) & (status != Status.zero)).nonzero().flatten().tolist()
+    if short:
+        wider = _within_tolerance(
+            [a[i] for i in short],
+            [state["key"] + i for i in short],
+            [state["refreshes"]] * len(short),
+            options,
+            width,
+        )
+        for i, wider_basis, wider_b in zip(short, *wider[:2], strict=True):
+            basis[i], b[i] = wider_basis[:, :width], wider_b[:width]
+
+
+def _within_tolerance(
+    matrices: Sequence[Tensor],
+    keys: Sequence[int],
+    refreshes: Sequence[int],
+    options: SubspaceOptions,
+    min_rank: int,
+) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
+    assert options.tolerance is not None
+    assert options.rank is not None
+    return ops.adaptive_range_finders(
+        matrices,
+        options.tolerance,
+        options.rank,
+        keys,
+        refreshes,
+        seed=options.seed,
+        min_rank=min_rank,
+        multiple=_RANK_MULTIPLE,
+    )
+
+
+def _completed(state: Mapping[str, Any], i: int, width: int, options: SubspaceOptions) -> Tensor:
+    """The basis of matrix `i` of a stack, which has no gradient now, at another rank: cut, or with random columns."""
+    old = state["basis"][i]
+    known = int(old.any(-2).sum())
+    if known == 0:
+        return old.new_zeros(old.shape[0], width)  # there is none yet
+    old = old[:, : min(known, width)].to(compute_dtype(old))
+    if known >= width:
+        return old
+    random = ops.gaussian_sketch(
+        old.shape[0],
+        width - old.shape[1],
+        seed=options.seed,
+        key=state["key"] + i,
+        refresh=state["refreshes"],
+        dtype=old.dtype,
+        device=old.device,
+    )
+    columns = torch.cat([old, random], dim=-1)
+    return torch.cat([old, torch.linalg.qr(columns)[0][:, old.shape[1] :]], dim=-1)
 
 
 def find_each(

@@ -1,6 +1,7 @@
 """Memory estimates against optimizers that really stepped, published numbers, and measured peaks."""
 
 import re
+import sys
 
 import pytest
 import torch
@@ -153,6 +154,19 @@ def test_presets_to_the_byte():
     assert found.state == state_bytes(optimizer)
     assert found.state < estimate(model, "galore", rank=40).state
     assert found.state > estimate(model, "galore", rank=40, state_dtype=torch.uint8).state
+
+
+def test_workspace_goes_by_what_the_cpu_multiplies_in(monkeypatch):
+    """Guards against half of what an iteration in fp32 takes, on a CPU that has no bf16 products."""
+    model = nn.ModuleDict({"mlp": nn.Linear(1376, 512, bias=False, device="meta")})
+
+    def workspace(least):
+        monkeypatch.setattr(sys.modules["galore_rrf.memory.estimate"], "quick_entries", lambda: least)
+        return estimate(model, "galore", rank=128, residual="orthogonalized", threads=1).workspace
+
+    outside = (512 - 128) * 1376
+    assert workspace(outside) < 0.85 * workspace(outside + 1)
+    assert workspace(outside + 1) == workspace(None)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -4,7 +4,18 @@ import math
 
 import pytest
 import torch
-from projected_state import ADAM, LEFT, RIGHT, SKIPPED, State, assert_equal, follow, project
+from projected_state import (
+    ADAM,
+    LEFT,
+    REFRESHED,
+    RIGHT,
+    SKIPPED,
+    STEPPED,
+    State,
+    assert_equal,
+    follow,
+    project,
+)
 
 from galore_rrf.ops import projected_adamw_
 
@@ -291,6 +302,51 @@ def test_rounding_is_left_alone(device, residual, size):
         plain.step(projected_adamw_, grads, 0)
         state.step(projected_adamw_, grads, 0, residual=residual)
         assert_equal(state, plain, 1e-12 if dtype == torch.float64 else 1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("residual", ["normalized", "orthogonalized"])
+def test_rounding_of_half_precision_is_left_alone(device, residual, dtype):
+    """Guards against the same by bases that are kept in half precision: of gradients that are exact in it."""
+    plain = State([((64, 96), 8, LEFT), ((96, 64), 8, RIGHT)], dtype, dtype, device=device)
+    integers = torch.Generator().manual_seed(3)
+    grads = [
+        torch.randint(-3, 4, (m, 2), generator=integers).to(dtype)
+        @ torch.randint(-3, 4, (2, n), generator=integers).to(dtype)
+        for m, n in (w.shape for w in plain.params)
+    ]
+    for w in plain.params:
+        w.zero_()  # so that little is rounded off the step
+    state = plain.copy()
+    for one, options in ((plain, {}), (state, {"residual": residual})):
+        assert one.step(projected_adamw_, grads, 0, **options) == [REFRESHED] * 2
+    assert_equal(state, plain, 1e-6, weight_accuracy=1e-3)  # a residual's step would be .05
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("residual", ["sign", "normalized", "orthogonalized"])
+def test_weights_stay_finite_where_the_residual_is_not(device, residual, dtype):
+    """Guards against NaN from a finite gradient: near the dtype's most, E may exceed it though R does not."""
+    state = State([((4, 40), 1, LEFT)], dtype, dtype, device=device)
+    state.bases[0].copy_(torch.tensor([[0.5], [-0.5], [0.5], [0.5]]))
+    grads = [torch.full((4, 40), 3e38).to(dtype)]
+    assert not (grads[0].float() - state.bases[0].float().cpu() @ torch.full((1, 40), 3e38)).isfinite().all()
+    assert state.step(projected_adamw_, grads, -1, residual=residual) == [STEPPED]
+    assert state.params[0].isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_an_error_that_overflows_is_forgotten(device, dtype):
+    """Guards against a matrix that is never trained again after a large gradient, fed back for ever as infinity."""
+    most = 3e38 if dtype == torch.float32 else 6e4
+    state = State([((4, 40), 1, LEFT)], dtype, dtype, device=device)
+    state.bases[0].copy_(torch.tensor([[0.5], [-0.5], [0.5], [0.5]]))
+    errors = [torch.zeros_like(state.params[0])]
+    for size in (most, 1.0):
+        grads = [torch.full((4, 40), size).to(dtype)]
+        outcomes = state.step(projected_adamw_, grads, -1, residual="feedback", residual_states=errors)
+        assert outcomes == [STEPPED]
+        assert errors[0].isfinite().all()
 
 
 @pytest.mark.parametrize(

@@ -64,6 +64,32 @@ def test_tolerance_stops_at_the_cap(device):
     check_state(w, opt.state[w], 7)
 
 
+def test_matrices_of_a_stack_have_one_rank(device):
+    """Guards against columns of zeros in a basis, beside others that need more: what is outside it would be cut off
+    too."""
+
+    def bases_after(*ranks):
+        g = [spectrum_gradient((48, 64), 0.9, i, device) for i in range(2)]
+        factors = [torch.linalg.svd(x, full_matrices=False) for x in g]
+        w.grad = torch.stack(
+            [(u[:, :r] * s[:r]) @ vh[:r] for (u, s, vh), r in zip(factors, ranks, strict=True)]
+        )
+        opt.step()
+        return w.grad, opt.state[w]["basis"].double().cpu()
+
+    w = torch.nn.Parameter(torch.zeros(2, 48, 64, device=device))
+    opt = GaLoreAdamW([{"params": [w], "rank": 40, "tolerance": 0.3, "update_proj_gap": 1}])
+    widths = []
+    for ranks in ((2, 48), (48, 48), (48, 0), (2, 3), (0, 48)):  # 0: no gradient
+        grad, basis = bases_after(*ranks)
+        widths.append(basis.shape[-1])
+        eye = torch.eye(basis.shape[-1], dtype=torch.float64).expand(2, -1, -1)
+        torch.testing.assert_close(basis.mT @ basis, eye, rtol=0, atol=1e-5)
+        moving = [i for i, r in enumerate(ranks) if r]
+        assert relative_residual(grad[moving], basis[moving], opt.state[w]["side"]) <= 0.3 * (1 + 1e-4)
+    assert min(widths) < max(widths)  # so that idle matrices have been cut and completed
+
+
 @pytest.mark.parametrize(
     "changed", [{}, {"tolerance": None, "rank": 20, "moments": "keep"}], ids=["by_tolerance", "by_the_group"]
 )

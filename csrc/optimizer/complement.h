@@ -11,7 +11,7 @@ namespace galore_rrf {
 // one shape, never formed.  They are the last columns of the H of Householder reconstruction, whose first are
 // Q diag(signs).  In place of V and T of block_reflector.h
 //
-//     H = I + X X1^-1 X^T,  X = Q diag(signs) - [I; 0],  X1 its upper r x r,
+//     H = I + X X1^-T X^T,  X = Q diag(signs) - [I; 0],  X1 its upper r x r,
 //     C = [0; I] + X B^T,   B = Q2 diag(signs) X1^-1,    Q2 the last s - r rows of Q:
 //
 // in X the products with Q are there already, so that to go over to the complement, and back, takes a product

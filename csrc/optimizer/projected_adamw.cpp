@@ -10,6 +10,7 @@
 #include <ATen/ops/full.h>
 #include <ATen/ops/logical_and.h>
 #include <ATen/ops/maximum.h>
+#include <ATen/ops/nan_to_num.h>
 #include <ATen/ops/ones.h>
 #include <ATen/ops/pow.h>
 #include <ATen/ops/stack.h>
@@ -450,6 +451,8 @@ class Step {
       error.copy_(asynchronous_ ? at::where(moving_each[i], x.grads[i], error) : x.grads[i]);
     }
     add_products_(x.residual_states, x.bases, r.neg());
+    // What the dtype cannot hold is forgotten: kept, it would make all gradients to come infinite.
+    for (at::Tensor error : x.residual_states) at::nan_to_num_(error, 0, 0, 0);
   }
 
   static at::Tensor finite(const at::Tensor& projected) {

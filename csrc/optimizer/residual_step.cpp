@@ -3,7 +3,6 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/where.h>
 #include <ATen/ops/zeros.h>
-#include <ATen/ops/zeros_like.h>
 
 #include <algorithm>
 #include <cmath>
@@ -23,12 +22,8 @@ at::Tensor squared_norms(const at::Tensor& stack) {
   return sums;
 }
 
-// The squared norm of an E that is but rounding, which is no direction: what it leaves of a gradient within
-// the subspace.
-at::Tensor squared_rounding(const at::Tensor& r) {
-  const double share = 64 * unit_roundoff(r.scalar_type());
-  return squared_norms(r).mul_(share * share);
-}
+// The squared norm of an E that is but rounding, which is no direction.
+at::Tensor squared_rounding(const Outside& x) { return squared_norms(x.r).mul_(x.rounding * x.rounding); }
 
 // One over the roots of squared norms (fp64) in a dtype, 0 where there is not `some`.
 at::Tensor inverse_roots(const at::Tensor& squares, const at::Tensor& some, at::ScalarType dtype) {
@@ -74,7 +69,7 @@ class Normalized : public ResidualStep {
         turned_(x.turned),
         lengths_(of_matrix(x.lengths, x.r.scalar_type())),
         moving_(x.lengths.ne(0).to(x.r.scalar_type()).unsqueeze(1).repeat({1, x.tiles.cols()})),
-        rounding_(squared_rounding(x.r).div_(static_cast<double>(x.grads.front().numel())).unsqueeze(1)) {}
+        rounding_(squared_rounding(x).div_(static_cast<double>(x.grads.front().numel())).unsqueeze(1)) {}
 
   void into_(const RowTile& tile) const override {
     tiles_.for_each_block(tile, [&](const RowTile& block) {
@@ -83,10 +78,18 @@ class Normalized : public ResidualStep {
           .add_scaled_(block.values, with_rows_in_one_piece(block.rows(grads_)), block.of_matrices(moving_),
                        1);
     });
-    const at::Tensor rounding = tile.of_matrices(rounding_), nothing = at::zeros_like(rounding);
+    const int columns = turned_ ? 1 : 0;
     for (int i = 0; i < kNormalizations; ++i) {
-      normalize_(tile, turned_ ? 1 : 0, i == 0 ? rounding : nothing);
-      normalize_(tile, turned_ ? 0 : 1, nothing);
+      const at::Tensor squares = mean_squares(tile, columns);
+      if (i == 0) {
+        // What is but rounding; and of gradients near the dtype's most E may not be finite.
+        const at::Tensor none =
+            squares.le(tile.of_matrices(rounding_)).logical_or_(squares.isfinite().logical_not_());
+        at::Tensor(tile.values).masked_fill_(none.unsqueeze(1 + columns), 0);
+        squares.masked_fill_(none, 0);
+      }
+      divide_(tile, columns, squares);
+      divide_(tile, 1 - columns, mean_squares(tile, 1 - columns));
     }
     at::Tensor(tile.values).mul_(tile.of_matrices(lengths_));
   }
@@ -94,12 +97,16 @@ class Normalized : public ResidualStep {
  private:
   static constexpr int kNormalizations = 2;
 
-  // What is summed over `dim`, 0 or 1, of each matrix; a mean square of `least` (B x 1) or less is none.
-  static void normalize_(const RowTile& tile, int dim, const at::Tensor& least) {
-    const at::Tensor squares = at::zeros({tile.count, tile.values.size(2 - dim)}, least.options());
-    kernels_for(tile.values).add_squares_(squares, each(tile.values), dim);
-    squares.div_(static_cast<double>(tile.values.size(1 + dim)));
-    const at::Tensor scales = inverse_roots(squares, squares.gt(least), tile.values.scalar_type());
+  // Over `dim`, 0 or 1, of each matrix, fp64.
+  static at::Tensor mean_squares(const RowTile& tile, int dim) {
+    const auto options = tile.values.options().dtype(at::kDouble);
+    const at::Tensor sums = at::zeros({tile.count, tile.values.size(2 - dim)}, options);
+    kernels_for(tile.values).add_squares_(sums, each(tile.values), dim);
+    return sums.div_(static_cast<double>(tile.values.size(1 + dim)));
+  }
+
+  static void divide_(const RowTile& tile, int dim, const at::Tensor& squares) {
+    const at::Tensor scales = inverse_roots(squares, squares.gt(0), tile.values.scalar_type());
     at::Tensor(tile.values).mul_(scales.unsqueeze(1 + dim));
   }
 
@@ -119,10 +126,13 @@ class Orthogonalized : public ResidualStep {
     const Matrices grads = turned_ ? transposed(x.grads) : x.grads;
     const int64_t rows = grads.front().size(0), cols = grads.front().size(1), rank = x.r.size(1);
     step_ = at::empty({x.r.size(0), rows, cols}, x.r.options());
-    at::Tensor e = complement.coordinates(grads, x.r).masked_fill_(x.lengths.eq(0).view({-1, 1, 1}), 0);
+    at::Tensor e = complement.coordinates(grads, x.r);
     const at::Tensor squared = squared_norms(e);
-    const at::Tensor unit = inverse_roots(squared, squared.gt(squared_rounding(x.r)), dtype);
-    e = e.mul_(unit.view({-1, 1, 1})).to(quick_dtype(e));
+    // Matrices left alone; and of gradients near the dtype's most E may not be finite.
+    const at::Tensor none = x.lengths.eq(0).logical_or_(squared.isfinite().logical_not_());
+    const at::Tensor some = squared.gt(squared_rounding(x)).logical_and_(none.logical_not());
+    e.masked_fill_(none.view({-1, 1, 1}), 0).mul_(inverse_roots(squared, some, dtype).view({-1, 1, 1}));
+    e = e.to(quick_dtype(e));
     // Entries of a root mean square of 1 at most.
     const double length = std::sqrt(static_cast<double>(std::max(rows, cols)));
     step_.narrow(1, rank, rows - rank).copy_(orthogonalized(e)).mul_(of_matrix(x.lengths, dtype).mul(length));

@@ -37,6 +37,7 @@ struct Outside {
   Matrices bases;      // s x r each, in the dtype to multiply in
   at::Tensor r;        // B x r x l, 0 where a matrix is left alone
   at::Tensor lengths;  // of the steps, fp64 [B], with their sign; 0 where a matrix is left alone
+  double rounding;     // ||E|| / ||R|| of an E that is but rounding
   RowTiles tiles;      // of the left form, or of its transpose where `turned`
   at::Tensor memory;   // of a tile
   bool turned;

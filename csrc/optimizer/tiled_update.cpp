@@ -1,6 +1,9 @@
 #include "optimizer/tiled_update.h"
 
+#include <algorithm>
+
 #include "kernels.h"
+#include "range_finder/scaling.h"
 
 namespace galore_rrf {
 namespace {
@@ -16,7 +19,10 @@ Outside outside(const WeightsAndGradients& x, Residual residual, const at::Tenso
   for (at::Tensor& basis : bases) basis = basis.to(dtype);
   const Matrices grads = in_order(x.grads);
   const RowTiles tiles(grads.front(), static_cast<int64_t>(grads.size()), residual == Residual::normalized);
-  return {grads, bases, r, lengths, tiles, tiles.memory(r.options()), turned};
+  // What products leave of a gradient within the subspace, and what storing it and the basis does.
+  const double products = 64 * unit_roundoff(r.scalar_type());
+  const double storage = 2 * std::max(unit_roundoff(stored), unit_roundoff(grads.front().scalar_type()));
+  return {grads, bases, r, lengths, products + storage, tiles, tiles.memory(r.options()), turned};
 }
 
 }  // namespace

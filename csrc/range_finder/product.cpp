@@ -37,9 +37,14 @@ at::ScalarType compute_dtype(const at::Tensor& a) {
   return a.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
 }
 
+std::optional<int64_t> quick_entries() {
+  static const bool does = cpu_multiplies_bf16();
+  return does ? std::optional(kQuickEntries) : std::nullopt;
+}
+
 at::ScalarType quick_dtype(const at::Tensor& a) {
-  static const bool cpu_does = cpu_multiplies_bf16();
-  const bool does = a.is_cpu() ? cpu_does && a.size(1) * a.size(2) >= kQuickEntries : true;
+  const std::optional<int64_t> least = quick_entries();
+  const bool does = !a.is_cpu() || (least && a.size(1) * a.size(2) >= *least);
   return does && a.scalar_type() == at::kFloat ? at::kBFloat16 : a.scalar_type();
 }
 

@@ -7,6 +7,7 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <optional>
 #include <vector>
 
 namespace galore_rrf {
@@ -17,6 +18,9 @@ at::ScalarType compute_dtype(const at::Tensor& a);
 // Of products with a stack, in fp32 or fp64, that need not be accurate: bf16 instead of fp32 where the device
 // has instructions for it and the matrices are large enough to gain by them.
 at::ScalarType quick_dtype(const at::Tensor& a);
+
+// The entries of a matrix from which on that is so on this CPU, if it is.
+std::optional<int64_t> quick_entries();
 
 // out <- (2^-exponent a) b, the power of two on the narrow factor, where it is cheap and exact.  `a` is the
 // large operand (p x k); b (k x q) and out (p x q) have its compute dtype; all may be transposed views.

@@ -38,7 +38,18 @@ int safe_exponent_of(double magnitude, at::ScalarType dtype) {
   return std::clamp(exponent_of(magnitude), -most, most);
 }
 
-double unit_roundoff(at::ScalarType dtype) { return dtype == at::kDouble ? 0x1p-53 : 0x1p-24; }
+double unit_roundoff(at::ScalarType dtype) {
+  switch (dtype) {
+    case at::kDouble:
+      return 0x1p-53;
+    case at::kHalf:
+      return 0x1p-11;
+    case at::kBFloat16:
+      return 0x1p-8;
+    default:
+      return 0x1p-24;
+  }
+}
 
 bool is_safe(double squared_norm, at::ScalarType dtype) {
   const bool fp64 = dtype == at::kDouble;

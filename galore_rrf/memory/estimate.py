@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from galore_rrf._binding import quick_entries
 from galore_rrf.memory.activations import llama_activations
 from galore_rrf.options import SubspaceOptions
 from galore_rrf.param_groups import EXCLUDE, INCLUDE, NamedParameter, param_groups
@@ -331,7 +332,7 @@ def _residual_workspace(p: Tensor, state: Mapping[str, Any], residual: str) -> i
     """Bytes that one matrix of `p` needs where its residual is put to use, after the refresh or with its end.
 
     Read off csrc/optimizer/residual_step.cpp, complement.cpp, limited_scales.cpp, orthogonalized.cpp and
-    projected_adamw.cpp, and quick_dtype in csrc/range_finder/product.cpp.
+    projected_adamw.cpp.
     """
     side, length, rank = _sizes(p, state)
     size = compute_dtype(p).itemsize
@@ -354,7 +355,8 @@ def _residual_workspace(p: Tensor, state: Mapping[str, Any], residual: str) -> i
         others = side - rank  # dimensions that E lies in
         outside, gram = others * length, min(others, length) ** 2
         # Bytes of an entry in the iteration: of large fp32 matrices it is in bf16 where a CPU has that.
-        quick = 2 if size == 4 and outside >= 2**15 else size
+        least = quick_entries()
+        quick = 2 if size == 4 and least is not None and outside >= least else size
         coordinates = size * (outside + (2 * long if half else long))
         iteration = quick * (outside + max(5 * gram, gram + outside))
         made = size * others * rank + max(coordinates, (size + quick) * outside, iteration)

@@ -121,6 +121,12 @@ def _root_mean_square(a: Tensor, dim: int | None) -> Tensor:
     return a.square().mean(dim, keepdim=dim is not None).sqrt()
 
 
+def _rounding(r: Tensor, g: Tensor, q: Tensor) -> float:
+    """||E|| / ||R|| of an E that is but rounding: of the products, and of gradient and basis as they are kept."""
+    products, *stored = (torch.finfo(x.dtype).eps / 2 for x in (r, g, q))
+    return 64 * products + 2 * max(stored)
+
+
 def _orthogonalized(a: Tensor) -> Tensor:
     """Two steps of Newton and Schulz towards the orthogonal polar factor, on the singular values themselves."""
     u, s, vh = torch.linalg.svd(a, full_matrices=False)
@@ -229,14 +235,14 @@ def projected_adamw_(
         if residual == "sign":
             update += residual_scale * (-outside if maximize else outside).sign()
         elif residual == "normalized":
-            least = 32 * torch.finfo(r.dtype).eps * _root_mean_square(back(r), None)
+            least = _rounding(r, g, q) * _root_mean_square(back(r), None)
             s = torch.where(_root_mean_square(outside, side - 1) > least, outside, 0)
             for dim in (side - 1, side) * 2:
                 lengths = _root_mean_square(s, dim)
                 s = torch.where(lengths > 0, s / lengths, 0)
             update += residual_scale * (-s if maximize else s)
         elif residual == "orthogonalized":
-            least = 32 * torch.finfo(r.dtype).eps * r.norm()
+            least = _rounding(r, g, q) * r.norm()
             s = _orthogonalized(outside) if outside.norm() > least else torch.zeros_like(outside)
             update += residual_scale * (-s if maximize else s)
         elif residual == "scaled":
@@ -250,7 +256,7 @@ def projected_adamw_(
                 kept.copy_(s.norm())
             update += residual_scale * s
         elif residual == "feedback":
-            kept.copy_(outside)
+            kept.copy_(outside).nan_to_num_(0, 0, 0)  # an entry that the dtype cannot hold is forgotten
         _decay_and_update(w, lr * scale * update, decay, arithmetic)
         if at_end:
             new_q, _, status = new_subspace(g.mT if side == 0 else g, q, known, key, refresh)
