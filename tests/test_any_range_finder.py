@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from bounds import ZERO, check
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from matrices import UNIT_ROUNDOFF, assert_orthonormal, layout, norm, projection_error, with_spectrum
 from test_mixes import BETWEEN, METHODS, PANELS, SKETCHES
@@ -72,7 +72,28 @@ def check_drawn(device, case, options):
         check(x, mine, case["tolerance"], **named)
 
 
+# What is left shrinks to subnormal numbers, block by block, before the columns end.
+SUBNORMAL = (
+    {
+        **{"m": 18, "n": 3, "batch": (), "dtype": torch.float32, "strides": "contiguous"},
+        **{"spectrum": 0.0, "rank": 1, "scale": -6, "tolerance": 0.0},
+    },
+    {
+        **{"block": 3, "max_rank": None, "method": "right_looking", "sketch": "half_power", "trim": False},
+        **{
+            "extra_blocks": 0,
+            "between": "householder",
+            "panel": "householder",
+            "seed": 0,
+            "key": 0,
+            "refresh": 0,
+        },
+    },
+)
+
+
 @settings(max_examples=60, deadline=None, derandomize=True)
+@example(case=SUBNORMAL[0], options=SUBNORMAL[1])
 @given(case=CASES, options=OPTIONS)
 def test_any_options(device, case, options):
     """Guards against a combination of shape, dtype, strides and options that nobody thought of."""

@@ -19,6 +19,7 @@
 #include <utility>
 
 #include "kernels.h"
+#include "range_finder/scaling.h"
 
 namespace galore_rrf {
 namespace {
@@ -138,6 +139,11 @@ at::Tensor inner_basis_(const at::Tensor& panel) {
   const int64_t width = std::min(panel.size(0), panel.size(1));
   if (!panel.is_cpu()) {  // the host, which exchanges the rows, would have to wait
     return orthonormal_bases_(panel.narrow(1, 0, width).unsqueeze(0), Panel::automatic, true).squeeze(0);
+  }
+  // LAPACK may multiply by reciprocals of pivots, which overflow where these are subnormal.
+  const double largest = largest_magnitude(panel);
+  if (largest > 0 && largest < (panel.scalar_type() == at::kDouble ? 1e-100 : 1e-15)) {
+    scale_by_power_(panel, -safe_exponent_of(largest, panel.scalar_type()));
   }
   const auto [factors, pivots, info] = at::linalg_lu_factor_ex(panel);
   at::Tensor lower = factors.narrow(1, 0, width);
