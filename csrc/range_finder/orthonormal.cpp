@@ -16,6 +16,8 @@
 #include <ATen/ops/zeros.h>
 
 #include <algorithm>
+#include <cmath>
+#include <tuple>
 #include <utility>
 
 #include "kernels.h"
@@ -140,12 +142,16 @@ at::Tensor inner_basis_(const at::Tensor& panel) {
   if (!panel.is_cpu()) {  // the host, which exchanges the rows, would have to wait
     return orthonormal_bases_(panel.narrow(1, 0, width).unsqueeze(0), Panel::automatic, true).squeeze(0);
   }
+  auto [factors, pivots, info] = at::linalg_lu_factor_ex(panel);
   // LAPACK may multiply by reciprocals of pivots, which overflow where these are subnormal.
-  const double largest = largest_magnitude(panel);
-  if (largest > 0 && largest < (panel.scalar_type() == at::kDouble ? 1e-100 : 1e-15)) {
-    scale_by_power_(panel, -safe_exponent_of(largest, panel.scalar_type()));
+  const double small = panel.scalar_type() == at::kDouble ? 1e-100 : 1e-15;
+  if (width > 0 && std::abs(factors[0][0].item<double>()) < small) {  // the largest of the first column
+    const double largest = largest_magnitude(panel);
+    if (largest > 0 && largest < small) {
+      scale_by_power_(panel, -safe_exponent_of(largest, panel.scalar_type()));
+      std::tie(factors, pivots, info) = at::linalg_lu_factor_ex(panel);
+    }
   }
-  const auto [factors, pivots, info] = at::linalg_lu_factor_ex(panel);
   at::Tensor lower = factors.narrow(1, 0, width);
   lower.tril_(-1).diagonal().fill_(1);
   // Row i was exchanged with row pivots[i] - 1, in order; exchanged back from the last to the first.
