@@ -17,6 +17,8 @@ from galore_rrf import ops
 NAMES = ("exp_avg", "exp_avg_sq")
 SCALES = ("exp_avg_scale", "exp_avg_sq_scale")
 CODES = torch.uint8
+STATE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "8bit": CODES}
+"""The dtypes of the group key `state_dtype`, by the names that configurations have for them."""
 BLOCK = 256
 """Entries that share a scale."""
 LEAST_CODED = 4096

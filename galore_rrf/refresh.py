@@ -169,10 +169,8 @@ def _find_all(
             result.append(None)
             continue
         width = int(rank.max())
-        basis, b = (
-            basis[..., :width].contiguous(),
-            b[..., :width, :].clone(),
-        )  # not buffers as wide as the cap
+        basis = basis[..., :width].contiguous()
+        b = b[..., :width, :].clone()  # not the whole buffer, as wide as the cap
         if basis.dim() == 3:
             _widen(state, a, (basis, b), rank, status, options)
         result.append((basis, _oriented(state, b)))

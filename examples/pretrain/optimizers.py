@@ -9,12 +9,13 @@ import torch
 from torch import Tensor, nn
 
 import galore_rrf
+from galore_rrf import moments
 from pretrain.config import OURS, PROJECTING, Config, OptimizerConfig
 from pretrain.controls import Lion, SignSGD, Together
 from pretrain.errors import UserError
 from pretrain.peers import PEERS, peer
 
-STATE_DTYPES = {None: None, "fp32": torch.float32, "bf16": torch.bfloat16, "8bit": torch.uint8}
+STATE_DTYPES = {None: None, **moments.STATE_DTYPES}
 
 Optimizer = torch.optim.Optimizer | Together
 

@@ -14,6 +14,7 @@ import torch
 
 from galore_rrf.memory.chart import draw, unit
 from galore_rrf.memory.estimate import MemoryEstimate, estimate
+from galore_rrf.moments import STATE_DTYPES
 from galore_rrf.options import resolve
 
 _COLUMNS = (
@@ -30,7 +31,6 @@ _COLUMNS = (
     ("peak *", "total"),
 )
 
-_STATE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "8bit": torch.uint8}
 _KEYS = ("proj_type", "residual", "basis_from")  # of GaLore, as the file or its preset has them
 
 
@@ -106,11 +106,11 @@ def _estimates(path: Path, args: argparse.Namespace) -> tuple[str, dict[str, Mem
     batch = args.batch or _setting(path, config, "micro_batch", "batch")
     length = args.sequence_length or _setting(path, config, "sequence_length")
     state_dtype = optimizer.get("state_dtype")
-    if state_dtype is not None and state_dtype not in _STATE_DTYPES:
+    if state_dtype is not None and state_dtype not in list(STATE_DTYPES):
         raise _UserError(
-            f"Invalid state_dtype in {path}: {state_dtype!r} (must be one of {', '.join(map(repr, _STATE_DTYPES))})"
+            f"Invalid state_dtype in {path}: {state_dtype!r} (must be one of {', '.join(map(repr, STATE_DTYPES))})"
         )
-    dtype = _STATE_DTYPES.get(state_dtype)
+    dtype = None if state_dtype is None else STATE_DTYPES[state_dtype]
     threads = args.threads or _setting(path, config, "threads") or torch.get_num_threads()
     llama = _llama(path, config["model"])
     checkpointing = bool(config.get("activation_checkpointing", False))
